@@ -1,0 +1,97 @@
+"""The heads of DeepLabV3: atrous spatial pyramid pooling with its classifier, and the auxiliary head.
+
+Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation" (2017). The modules nest as
+torchvision's do, so that its parameter names hold.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1) -> list[nn.Module]:
+    """Convolution that keeps the map's size, batch norm, ReLU."""
+    padding = dilation * (kernel_size // 2)
+    return [
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def _values_per_channel(bn: nn.Module, x: Tensor) -> int:
+    """How many values ``bn`` would take its statistics over; SyncBatchNorm counts those of every process."""
+    values = x.numel() // x.shape[1]
+    if isinstance(bn, nn.SyncBatchNorm) and distributed.is_available() and distributed.is_initialized():
+        values *= distributed.get_world_size(bn.process_group)
+    return values
+
+
+class ASPPPooling(nn.Sequential):
+    """Image pooling: global average, 1x1 convolution, BN, ReLU, spread over the map again.
+
+    ``(N, in_channels, h, w) -> (N, out_channels, h, w)``. In training with one value per channel (batch 1), where
+    torchvision raises, this BN uses its running statistics and leaves them as they are, so that the last, partial
+    batch of an epoch does not end a run.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pooled(x).expand(-1, -1, *x.shape[-2:])
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, h, w) -> (N, out_channels, 1, 1)``."""
+        pool, conv, bn, relu = self
+        y: Tensor = conv(pool(x))
+        if bn.training and _values_per_channel(bn, y) == 1:
+            y = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, training=False, eps=bn.eps)
+        else:
+            y = bn(y)
+        return relu(y)  # type: ignore[no-any-return]
+
+
+class ASPP(nn.Module):
+    """1x1, three dilated 3x3 and image pooling side by side, concatenated in this order and projected by a 1x1.
+
+    ``(N, in_channels, h, w) -> (N, channels, h, w)``.
+    """
+
+    def __init__(self, in_channels: int, channels: int, rates: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [
+                nn.Sequential(*conv_bn_relu(in_channels, channels)),
+                *(nn.Sequential(*conv_bn_relu(in_channels, channels, 3, rate)) for rate in rates),
+                ASPPPooling(in_channels, channels),
+            ]
+        )
+        self.project = nn.Sequential(*conv_bn_relu(len(self.convs) * channels, channels), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(torch.cat([conv(x) for conv in self.convs], dim=1))  # type: ignore[no-any-return]
+
+
+class DeepLabHead(nn.Sequential):
+    """ASPP, 3x3 convolution, 1x1 classifier: ``(N, in_channels, h, w) -> (N, num_classes, h, w)`` logits."""
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int, rates: Sequence[int], dropout: float) -> None:
+        super().__init__(
+            ASPP(in_channels, channels, rates, dropout),
+            *conv_bn_relu(channels, channels, 3),
+            nn.Conv2d(channels, num_classes, 1),
+        )
+
+
+class AuxHead(nn.Sequential):
+    """3x3 convolution and 1x1 classifier on layer3's map, for training: ``(N, in_channels, h, w)`` to logits."""
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float) -> None:
+        super().__init__(
+            *conv_bn_relu(in_channels, channels, 3),
+            nn.Dropout(dropout),
+            nn.Conv2d(channels, num_classes, 1),
+        )

@@ -1,0 +1,145 @@
+"""SegmentationLoss against its formula in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastdeeplab as fdl
+
+
+def formula(
+    outputs: dict[str, Tensor],
+    target: Tensor,
+    aux_weight: float = 0.4,
+    weight: Tensor | None = None,
+    smooth: float = 0.0,
+) -> Tensor:
+    def term(logits: Tensor) -> Tensor:
+        full = F.interpolate(logits.double(), size=target.shape[-2:], mode="bilinear", align_corners=False)
+        log_p = full.log_softmax(1)
+        w = torch.ones(full.shape[1], dtype=torch.float64) if weight is None else weight.double()
+        valid = target != 255
+        index = torch.where(valid, target, 0).long()
+        nll = -(w * log_p.movedim(1, -1)).gather(-1, index[..., None])[..., 0]
+        smoothed = -(w * log_p.movedim(1, -1)).mean(-1)
+        return (((1 - smooth) * nll + smooth * smoothed) * valid).sum() / (w[index] * valid).sum()
+
+    return term(outputs["out"]) + (aux_weight * term(outputs["aux"]) if "aux" in outputs else 0)
+
+
+def example(num_classes: int = 5) -> tuple[dict[str, Tensor], Tensor]:
+    outputs = {name: torch.randn(2, num_classes, 4, 6, requires_grad=True) for name in ("out", "aux")}
+    target = torch.randint(num_classes, (2, 29, 41))
+    target[torch.rand(target.shape) < 0.2] = 255
+    return outputs, target
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.5, 2.0, 0.0, 3.0])])
+@pytest.mark.parametrize("smooth", [0.0, 0.1])
+def test_value_and_gradient(weight: Tensor | None, smooth: float) -> None:
+    outputs, target = example()
+    loss = fdl.SegmentationLoss(weight=weight, label_smoothing=smooth)(outputs, target)
+    expected = formula(outputs, target, weight=weight, smooth=smooth)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    for name, logits in outputs.items():
+        actual = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+        wanted = torch.autograd.grad(expected, logits, retain_graph=True)[0]
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_full_size_and_low_resolution_logits_give_the_same_value() -> None:
+    outputs, target = example()
+    full = {
+        name: F.interpolate(logits, size=target.shape[-2:], mode="bilinear", align_corners=False)
+        for name, logits in outputs.items()
+    }
+    criterion = fdl.SegmentationLoss()
+    torch.testing.assert_close(criterion(full, target), criterion(outputs, target))
+
+
+def test_aux_is_optional_and_weighted() -> None:
+    outputs, target = example()
+    main = fdl.SegmentationLoss()({"out": outputs["out"]}, target)
+    assert torch.equal(fdl.SegmentationLoss()(outputs["out"], target), main)
+    assert torch.equal(fdl.SegmentationLoss(aux_weight=0)(outputs, target), main)
+    torch.testing.assert_close(
+        fdl.SegmentationLoss(aux_weight=2.0)(outputs, target).double(), formula(outputs, target, 2.0)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_target_dtypes(dtype: torch.dtype) -> None:
+    outputs, target = example()
+    criterion = fdl.SegmentationLoss()
+    assert torch.equal(criterion(outputs, target.to(dtype)), criterion(outputs, target))
+
+
+def test_half_precision_logits_are_computed_in_fp32() -> None:
+    outputs, target = example()
+    half = {name: logits.detach().bfloat16() for name, logits in outputs.items()}
+    loss = fdl.SegmentationLoss()(half, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), formula(half, target), rtol=1e-5, atol=1e-6)
+
+
+def test_ignore_index_may_be_a_class() -> None:
+    outputs, target = example()
+    target[target == 255] = 3
+    expected = F.cross_entropy(
+        F.interpolate(outputs["out"], size=target.shape[-2:], mode="bilinear"), target, ignore_index=3
+    )
+    torch.testing.assert_close(fdl.SegmentationLoss(ignore_index=3)(outputs["out"], target), expected)
+
+
+def test_fault_14_all_pixels_ignored() -> None:
+    outputs, target = example()
+    assert fdl.SegmentationLoss()(outputs, torch.full_like(target, 255)).isnan()
+
+
+@pytest.mark.parametrize("value", [5, 254, -1, 256, -100])
+def test_fault_14_target_outside_the_classes(value: int) -> None:
+    outputs, target = example()
+    target[1, 7, 9] = value
+    with pytest.raises(ValueError, match=r"target must be in \[0, 5\) or 255 \(ignored\)"):
+        fdl.SegmentationLoss()(outputs, target)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.zeros(2, 29, 41), "uint8, int16, int32 or int64"),
+        (torch.zeros(2, 1, 29, 41, dtype=torch.long), r"target must be \(2, H, W\)"),
+        (torch.zeros(3, 29, 41, dtype=torch.long), r"target must be \(2, H, W\)"),
+    ],
+)
+def test_fault_14_target_of_the_wrong_type_or_shape(target: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fdl.SegmentationLoss()(example()[0], target)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"aux_weight": -0.1}, {"aux_weight": float("nan")}, {"label_smoothing": 1.1}, {"weight": torch.ones(2, 2)}],
+)
+def test_wrong_arguments(arguments: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
+        fdl.SegmentationLoss(**arguments)  # type: ignore[arg-type]
+
+
+def test_weight_of_another_number_of_classes() -> None:
+    with pytest.raises(ValueError, match=r"weight must be \(5,\)"):
+        fdl.SegmentationLoss(weight=torch.ones(4))(*example())
+
+
+def test_outputs_without_main_logits() -> None:
+    outputs, target = example()
+    with pytest.raises(ValueError, match='"out"'):
+        fdl.SegmentationLoss()({"aux": outputs["aux"]}, target)
+
+
+def test_the_weight_moves_with_the_loss_and_is_no_part_of_a_checkpoint() -> None:
+    criterion = fdl.SegmentationLoss(weight=torch.ones(5)).to("meta")
+    assert criterion.weight is not None
+    assert criterion.weight.device.type == "meta"
+    assert not criterion.state_dict()
