@@ -5,6 +5,7 @@ torchvision's do, so that its parameter names hold.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,13 +46,14 @@ class ASPPPooling(nn.Sequential):
 
     def pooled(self, x: Tensor) -> Tensor:
         """``(N, in_channels, h, w) -> (N, out_channels, 1, 1)``."""
-        pool, conv, bn, relu = self
-        y: Tensor = conv(pool(x))
+        pool, conv, relu = self[0], self[1], self[3]
+        bn: Any = self[2]
+        y = conv(pool(x))
         if bn.training and _values_per_channel(bn, y) == 1:
             y = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, training=False, eps=bn.eps)
         else:
             y = bn(y)
-        return relu(y)  # type: ignore[no-any-return]
+        return relu(y)
 
 
 class ASPP(nn.Module):
@@ -72,7 +74,7 @@ class ASPP(nn.Module):
         self.project = nn.Sequential(*conv_bn_relu(len(self.convs) * channels, channels), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(torch.cat([conv(x) for conv in self.convs], dim=1))  # type: ignore[no-any-return]
+        return self.project(torch.cat([conv(x) for conv in self.convs], dim=1))
 
 
 class DeepLabHead(nn.Sequential):

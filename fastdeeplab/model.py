@@ -164,7 +164,7 @@ class ResNetModel(nn.Module):
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
         """``forward(images, upsample=False)``: the logits at the encoder's resolution, (B, K, h, w)."""
-        return self(images, upsample=False)  # type: ignore[no-any-return]
+        return self(images, upsample=False)
 
     @torch.no_grad()
     def predict(self, images: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:

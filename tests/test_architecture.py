@@ -1,0 +1,53 @@
+"""The order of the house: imports run one way, optional packages are imported where they are used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = {"torch", "triton", "numpy"}
+
+
+def imports(path: Path, module_level_only: bool = False) -> set[str]:
+    """Modules that a file imports, relative imports with their dots."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if module_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            found |= {base} if node.module else {base + alias.name for alias in node.names}
+    return found
+
+
+def top_level(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names if not name.startswith(".")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.name)
+def test_kernels_know_nothing_of_the_model(path: Path) -> None:
+    assert top_level(imports(path)) - set(sys.stdlib_module_names) <= CORE
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastdeeplab").glob("*.py")), ids=lambda path: path.name)
+def test_the_package_knows_nothing_of_tests_benchmarks_and_torchvision(path: Path) -> None:
+    assert not top_level(imports(path)) & {"tests", "benchmarks", "kernels", "torchvision"}
+
+
+def test_import_is_light() -> None:
+    """No optional package, no CUDA context, no test package is loaded by ``import fastdeeplab``."""
+    program = """
+import sys
+import torch
+before = set(sys.modules)
+import fastdeeplab
+optional = {"PIL", "typer", "rich", "safetensors", "torchvision", "skimage", "triton", "pytest"}
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before} & optional), torch.cuda.is_initialized())
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[] False"
