@@ -69,9 +69,9 @@ class ResNetModel(nn.Module):
         kernels: str = "auto",
     ) -> None:
         super().__init__()
-        _require(depth in LAYERS, "depth", "50, 101 or 152", depth)
+        _require(depth in tuple(LAYERS), "depth", "50, 101 or 152", depth)
         _require(_is_count(num_classes), "num_classes", "a positive integer", num_classes)
-        _require(output_stride in ATROUS_RATES, "output_stride", "8 or 16", output_stride)
+        _require(output_stride in tuple(ATROUS_RATES), "output_stride", "8 or 16", output_stride)
         _require(isinstance(aux_head, bool), "aux_head", "True or False", aux_head)
         _require(
             atrous_rates is None or _are_counts(atrous_rates, 3), "atrous_rates", "3 positive integers", atrous_rates
@@ -197,6 +197,7 @@ class ResNetModel(nn.Module):
             from fastdeeplab import checkpoint
 
             checkpoint.check_state_dict(self, state_dict)
+            state_dict = dict(state_dict)  # without torch's version, which would ask for num_batches_tracked
         return super().load_state_dict(state_dict, strict, assign)
 
     def save(self, path: str | Path) -> None:

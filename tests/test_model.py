@@ -276,6 +276,7 @@ def test_config_rebuilds_the_model() -> None:
     ("arguments", "allowed"),
     [
         ({"depth": 34}, "50, 101 or 152"),
+        ({"depth": [50]}, "50, 101 or 152"),
         ({"num_classes": 0}, "positive integer"),
         ({"num_classes": 2.5}, "positive integer"),
         ({"output_stride": 32}, "8 or 16"),
@@ -303,6 +304,16 @@ def test_a_wrong_argument_is_a_value_error_that_says_what_is_allowed(
     name = next(iter(arguments))
     with pytest.raises(ValueError, match=f"{name} must be .*{allowed}"), torch.device("meta"):
         fdl.ResNetModel(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_state_dict_of_an_older_torch_loads() -> None:
+    """Before torch 0.4.1 batch norm did not count its batches."""
+    model = small_model()
+    state_dict = small_model().state_dict()
+    for key in [key for key in state_dict if key.endswith("num_batches_tracked")]:
+        del state_dict[key]
+    model.load_state_dict(state_dict)
+    assert torch.equal(model.backbone.conv1.weight, state_dict["backbone.conv1.weight"])
 
 
 @pytest.mark.parametrize(
