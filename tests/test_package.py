@@ -80,3 +80,14 @@ def test_constraints_pin_every_dependency() -> None:
     assert wanted
     assert wanted <= pinned
     assert "torch==2.13.0" in constraints.splitlines()
+
+
+def test_every_fault_of_the_table_has_its_tests() -> None:
+    """Each row names the files that hold tests of its fault, and no file with such a test is left out."""
+    rows = [line.split("|") for line in (ROOT / "tests/FAULTS.md").read_text().splitlines() if line.startswith("| ")]
+    listed = {int(row[1]): set(re.findall(r"`(test_\w+\.py)`", row[4])) for row in rows if row[1].strip().isdigit()}
+    found: dict[int, set[str]] = {}
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for number in re.findall(r"def test_fault_(\d+)_", path.read_text()):
+            found.setdefault(int(number), set()).add(path.name)
+    assert listed == found

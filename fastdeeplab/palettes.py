@@ -1,0 +1,252 @@
+"""Names and colours of the classes of well-known data sets, and colours for any other number of classes.
+
+Sources of the facts: the PASCAL VOC 2012 development kit (class names; its colours follow `voc_color`),
+mcordts/cityscapesScripts ``helpers/labels.py`` (the 19 classes with a training index, in its order), and
+CSAILVision/sceneparsing (``objectInfo150.txt``, the first name of each class, and ``color150.mat``).
+"""
+
+from dataclasses import dataclass
+
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Names and RGB colours of K classes, by class index; an overlay leaves the class `background` uncoloured."""
+
+    name: str
+    classes: tuple[str, ...]
+    colors: tuple[Color, ...]
+    background: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+
+def voc_color(index: int) -> Color:
+    """The colour of a class index in PASCAL VOC: its bits, lowest first, dealt to red, green and blue from the top bit.
+
+    All colours of indices below 2^24 differ.
+    """
+    rgb = [0, 0, 0]
+    for bit in range(24):
+        rgb[bit % 3] |= (index >> bit & 1) << (7 - bit // 3)
+    return rgb[0], rgb[1], rgb[2]
+
+
+def generated_palette(num_classes: int) -> Palette:
+    """A palette for classes without names; VOC's colours from its first class on, so that none is black."""
+    return Palette(
+        name="generated",
+        classes=tuple(f"class {index}" for index in range(num_classes)),
+        colors=tuple(voc_color(index + 1) for index in range(num_classes)),
+    )
+
+
+def choose_palette(name: str, num_classes: int) -> Palette:
+    """The palette called `name` for a model with `num_classes` classes.
+
+    ``"auto"`` goes by the number of classes: 21 is VOC, 19 Cityscapes, 150 ADE20K, any other gets generated colours.
+
+    Raises ValueError if there is no such palette or it is for another number of classes.
+    """
+    if name == "auto":
+        fitting = (palette for palette in PALETTES.values() if len(palette) == num_classes)
+        return next(fitting, None) or generated_palette(num_classes)
+    if name not in PALETTES:
+        raise ValueError(f"palette must be {', '.join(PALETTES)} or auto, got {name!r}")
+    if len(PALETTES[name]) != num_classes:
+        raise ValueError(f"palette {name} has {len(PALETTES[name])} classes, but the model has {num_classes}")
+    return PALETTES[name]
+
+
+_VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+_CITYSCAPES: tuple[tuple[str, Color], ...] = (
+    ("road", (128, 64, 128)),
+    ("sidewalk", (244, 35, 232)),
+    ("building", (70, 70, 70)),
+    ("wall", (102, 102, 156)),
+    ("fence", (190, 153, 153)),
+    ("pole", (153, 153, 153)),
+    ("traffic light", (250, 170, 30)),
+    ("traffic sign", (220, 220, 0)),
+    ("vegetation", (107, 142, 35)),
+    ("terrain", (152, 251, 152)),
+    ("sky", (70, 130, 180)),
+    ("person", (220, 20, 60)),
+    ("rider", (255, 0, 0)),
+    ("car", (0, 0, 142)),
+    ("truck", (0, 0, 70)),
+    ("bus", (0, 60, 100)),
+    ("train", (0, 80, 100)),
+    ("motorcycle", (0, 0, 230)),
+    ("bicycle", (119, 11, 32)),
+)
+
+_ADE20K: tuple[tuple[str, Color], ...] = (
+    ("wall", (120, 120, 120)),
+    ("building", (180, 120, 120)),
+    ("sky", (6, 230, 230)),
+    ("floor", (80, 50, 50)),
+    ("tree", (4, 200, 3)),
+    ("ceiling", (120, 120, 80)),
+    ("road", (140, 140, 140)),
+    ("bed", (204, 5, 255)),
+    ("windowpane", (230, 230, 230)),
+    ("grass", (4, 250, 7)),
+    ("cabinet", (224, 5, 255)),
+    ("sidewalk", (235, 255, 7)),
+    ("person", (150, 5, 61)),
+    ("earth", (120, 120, 70)),
+    ("door", (8, 255, 51)),
+    ("table", (255, 6, 82)),
+    ("mountain", (143, 255, 140)),
+    ("plant", (204, 255, 4)),
+    ("curtain", (255, 51, 7)),
+    ("chair", (204, 70, 3)),
+    ("car", (0, 102, 200)),
+    ("water", (61, 230, 250)),
+    ("painting", (255, 6, 51)),
+    ("sofa", (11, 102, 255)),
+    ("shelf", (255, 7, 71)),
+    ("house", (255, 9, 224)),
+    ("sea", (9, 7, 230)),
+    ("mirror", (220, 220, 220)),
+    ("rug", (255, 9, 92)),
+    ("field", (112, 9, 255)),
+    ("armchair", (8, 255, 214)),
+    ("seat", (7, 255, 224)),
+    ("fence", (255, 184, 6)),
+    ("desk", (10, 255, 71)),
+    ("rock", (255, 41, 10)),
+    ("wardrobe", (7, 255, 255)),
+    ("lamp", (224, 255, 8)),
+    ("bathtub", (102, 8, 255)),
+    ("railing", (255, 61, 6)),
+    ("cushion", (255, 194, 7)),
+    ("base", (255, 122, 8)),
+    ("box", (0, 255, 20)),
+    ("column", (255, 8, 41)),
+    ("signboard", (255, 5, 153)),
+    ("chest of drawers", (6, 51, 255)),
+    ("counter", (235, 12, 255)),
+    ("sand", (160, 150, 20)),
+    ("sink", (0, 163, 255)),
+    ("skyscraper", (140, 140, 140)),
+    ("fireplace", (250, 10, 15)),
+    ("refrigerator", (20, 255, 0)),
+    ("grandstand", (31, 255, 0)),
+    ("path", (255, 31, 0)),
+    ("stairs", (255, 224, 0)),
+    ("runway", (153, 255, 0)),
+    ("case", (0, 0, 255)),
+    ("pool table", (255, 71, 0)),
+    ("pillow", (0, 235, 255)),
+    ("screen door", (0, 173, 255)),
+    ("stairway", (31, 0, 255)),
+    ("river", (11, 200, 200)),
+    ("bridge", (255, 82, 0)),
+    ("bookcase", (0, 255, 245)),
+    ("blind", (0, 61, 255)),
+    ("coffee table", (0, 255, 112)),
+    ("toilet", (0, 255, 133)),
+    ("flower", (255, 0, 0)),
+    ("book", (255, 163, 0)),
+    ("hill", (255, 102, 0)),
+    ("bench", (194, 255, 0)),
+    ("countertop", (0, 143, 255)),
+    ("stove", (51, 255, 0)),
+    ("palm", (0, 82, 255)),
+    ("kitchen island", (0, 255, 41)),
+    ("computer", (0, 255, 173)),
+    ("swivel chair", (10, 0, 255)),
+    ("boat", (173, 255, 0)),
+    ("bar", (0, 255, 153)),
+    ("arcade machine", (255, 92, 0)),
+    ("hovel", (255, 0, 255)),
+    ("bus", (255, 0, 245)),
+    ("towel", (255, 0, 102)),
+    ("light", (255, 173, 0)),
+    ("truck", (255, 0, 20)),
+    ("tower", (255, 184, 184)),
+    ("chandelier", (0, 31, 255)),
+    ("awning", (0, 255, 61)),
+    ("streetlight", (0, 71, 255)),
+    ("booth", (255, 0, 204)),
+    ("television", (0, 255, 194)),
+    ("airplane", (0, 255, 82)),
+    ("dirt track", (0, 10, 255)),
+    ("apparel", (0, 112, 255)),
+    ("pole", (51, 0, 255)),
+    ("land", (0, 194, 255)),
+    ("bannister", (0, 122, 255)),
+    ("escalator", (0, 255, 163)),
+    ("ottoman", (255, 153, 0)),
+    ("bottle", (0, 255, 10)),
+    ("buffet", (255, 112, 0)),
+    ("poster", (143, 255, 0)),
+    ("stage", (82, 0, 255)),
+    ("van", (163, 255, 0)),
+    ("ship", (255, 235, 0)),
+    ("fountain", (8, 184, 170)),
+    ("conveyer belt", (133, 0, 255)),
+    ("canopy", (0, 255, 92)),
+    ("washer", (184, 0, 255)),
+    ("plaything", (255, 0, 31)),
+    ("swimming pool", (0, 184, 255)),
+    ("stool", (0, 214, 255)),
+    ("barrel", (255, 0, 112)),
+    ("basket", (92, 255, 0)),
+    ("waterfall", (0, 224, 255)),
+    ("tent", (112, 224, 255)),
+    ("bag", (70, 184, 160)),
+    ("minibike", (163, 0, 255)),
+    ("cradle", (153, 0, 255)),
+    ("oven", (71, 255, 0)),
+    ("ball", (255, 0, 163)),
+    ("food", (255, 204, 0)),
+    ("step", (255, 0, 143)),
+    ("tank", (0, 255, 235)),
+    ("trade name", (133, 255, 0)),
+    ("microwave", (255, 0, 235)),
+    ("pot", (245, 0, 255)),
+    ("animal", (255, 0, 122)),
+    ("bicycle", (255, 245, 0)),
+    ("lake", (10, 190, 212)),
+    ("dishwasher", (214, 255, 0)),
+    ("screen", (0, 204, 255)),
+    ("blanket", (20, 0, 255)),
+    ("sculpture", (255, 255, 0)),
+    ("hood", (0, 153, 255)),
+    ("sconce", (0, 41, 255)),
+    ("vase", (0, 255, 204)),
+    ("traffic light", (41, 0, 255)),
+    ("tray", (41, 255, 0)),
+    ("ashcan", (173, 0, 255)),
+    ("fan", (0, 245, 255)),
+    ("pier", (71, 0, 255)),
+    ("crt screen", (122, 0, 255)),
+    ("plate", (0, 255, 184)),
+    ("monitor", (0, 92, 255)),
+    ("bulletin board", (184, 255, 0)),
+    ("shower", (0, 133, 255)),
+    ("radiator", (255, 214, 0)),
+    ("glass", (25, 194, 194)),
+    ("clock", (102, 255, 0)),
+    ("flag", (92, 0, 255)),
+)
+
+
+def _palette(name: str, rows: tuple[tuple[str, Color], ...]) -> Palette:
+    return Palette(name, tuple(row[0] for row in rows), tuple(row[1] for row in rows))
+
+
+PALETTES = {
+    "voc": Palette("voc", _VOC_CLASSES, tuple(voc_color(index) for index in range(21)), background=0),
+    "cityscapes": _palette("cityscapes", _CITYSCAPES),
+    "ade20k": _palette("ade20k", _ADE20K),
+}
