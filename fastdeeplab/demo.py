@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from fastdeeplab.checkpoint import CheckpointError, load_weights
 from fastdeeplab.model import ResNetModel
