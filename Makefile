@@ -1,8 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint codegen clean
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Beside the one pinned in constraints.txt: the oldest supported one and the newest.
+CODEGEN_VERSIONS := 3.6.0 3.9.0
 
 help:  ## List the targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | column -t -s '|'
@@ -21,11 +23,22 @@ lint: .venv/.lint  ## Check format, style and types
 	cp -r fastdeeplab build/typed/fastdeeplab && cp -r kernels build/typed/fastdeeplab/kernels
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastdeeplab
 
+codegen: .venv/.test $(CODEGEN_VERSIONS:%=.venv-triton-%/.done)  ## Compile every kernel for every architecture, with each supported triton
+	$(BIN)/python tests/codegen.py
+	for version in $(CODEGEN_VERSIONS); do .venv-triton-$$version/bin/python tests/codegen.py || exit 1; done
+
 clean:  ## Remove the virtual environment and everything built
-	rm -rf .venv build *.egg-info demo-output
+	rm -rf .venv .venv-triton-* build *.egg-info demo-output
 
 # One environment, and in it one stamp per extra of pyproject.toml.
 .venv/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+.venv-triton-%/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-triton-$*
+	.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy
+	.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check triton==$*
+	.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@

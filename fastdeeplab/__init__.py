@@ -1,8 +1,9 @@
 """DeepLabV3 for PyTorch, made fast by handwritten Triton kernels."""
 
 from fastdeeplab.checkpoint import CheckpointError, load_weights
+from fastdeeplab.explain import explain
 from fastdeeplab.loss import SegmentationLoss
-from fastdeeplab.model import ResNetModel
+from fastdeeplab.model import Kernels, ResNetModel
 
-__all__ = ["CheckpointError", "ResNetModel", "SegmentationLoss", "load_weights"]
+__all__ = ["CheckpointError", "Kernels", "ResNetModel", "SegmentationLoss", "explain", "load_weights"]
 __version__ = "0.1.0"

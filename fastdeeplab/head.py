@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from fastdeeplab import kernels
+
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1) -> list[nn.Module]:
     """Convolution that keeps the map's size, batch norm, ReLU."""
@@ -97,3 +99,22 @@ class AuxHead(nn.Sequential):
             nn.Dropout(dropout),
             nn.Conv2d(channels, num_classes, 1),
         )
+
+
+class UpsampleArgmax(nn.Module):
+    """Bilinear upsampling and argmax in one pass: (N, K, h, w) logits to (N, H, W) class indices.
+
+    ``kernel`` is ``"auto"``, ``"triton"`` or ``"torch"``; see ``fastdeeplab.kernels.upsample_argmax``.
+    """
+
+    kernel_function = "upsample_argmax"
+
+    def __init__(self, kernel: str = "auto") -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, logits: Tensor, size: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return kernels.upsample_argmax(logits, size, dtype=dtype, impl=self.kernel)
+
+    def extra_repr(self) -> str:
+        return f"kernel={self.kernel!r}"

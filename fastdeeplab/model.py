@@ -6,6 +6,7 @@ and semantics of ``torchvision.models.segmentation``, so that its published weig
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,11 +15,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeeplab.backbone import LAYERS, ResNet, scale_channels
-from fastdeeplab.head import AuxHead, DeepLabHead
+from fastdeeplab.head import AuxHead, DeepLabHead, UpsampleArgmax
+from fastdeeplab.kernels.checks import check_impl, check_index_dtype
 
 ATROUS_RATES = {8: (12, 24, 36), 16: (6, 12, 18)}
 FIRST_BLOCK_DILATIONS = ("previous", "full")
-KERNELS = ("auto", "torch")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementation each kind of module runs: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    ``"auto"`` is the Triton kernel where it can run and is measured or predicted to be faster, PyTorch elsewhere;
+    ``fastdeeplab.explain`` says which and why. ``"triton"`` raises where the kernel can't run. The convolutions have no
+    kernel yet: they are PyTorch's with ``"auto"``, and refuse ``"triton"``.
+
+    Raises:
+        ValueError: a value is not one of those.
+    """
+
+    conv_bn_relu: str = "auto"
+    aspp: str = "auto"
+    upsample_argmax: str = "auto"
+    upsample_cross_entropy: str = "auto"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_impl(getattr(self, field.name), field.name)
+        for name in ("conv_bn_relu", "aspp"):
+            if getattr(self, name) == "triton":
+                raise ValueError(f'{name} must be "auto" or "torch", got "triton": it has no Triton kernel yet')
 
 
 class ResNetModel(nn.Module):
@@ -44,7 +70,7 @@ class ResNetModel(nn.Module):
         layers: numbers of blocks of the four stages; by default those of ``depth``.
         weights: ``"torchvision"`` downloads the weights published by torchvision (COCO images, VOC labels),
             ``"imagenet"`` the backbone's; a path names a checkpoint. ``None``: random.
-        kernels: which implementation the modules use: ``"auto"`` or ``"torch"``.
+        kernels: which implementation the modules run: ``"auto"`` or ``"torch"`` for all, or a ``Kernels``.
 
     Raises:
         ValueError: an argument is not one of those above.
@@ -66,7 +92,7 @@ class ResNetModel(nn.Module):
         width: float = 1.0,
         layers: Sequence[int] | None = None,
         weights: str | Path | None = None,
-        kernels: str = "auto",
+        kernels: str | Kernels = "auto",
     ) -> None:
         super().__init__()
         _require(depth in tuple(LAYERS), "depth", "50, 101 or 152", depth)
@@ -99,7 +125,10 @@ class ResNetModel(nn.Module):
             '"torchvision", "imagenet", a path or None',
             weights,
         )
-        _require(kernels in KERNELS, "kernels", '"auto" or "torch"', kernels)
+        if isinstance(kernels, str):
+            check_impl(kernels, "kernels")
+            kernels = Kernels(*[kernels] * 4)
+        _require(isinstance(kernels, Kernels), "kernels", '"auto", "torch" or a Kernels', kernels)
 
         # What rebuilds the model, in values that JSON can hold.
         self.config: dict[str, Any] = {
@@ -128,6 +157,7 @@ class ResNetModel(nn.Module):
         rates = atrous_rates or ATROUS_RATES[output_stride]
         self.classifier = DeepLabHead(c5_channels, channels, num_classes, rates, dropout)
         self.aux_classifier = AuxHead(c4_channels, channels, num_classes, dropout) if aux_head else None
+        self.upsample_argmax = UpsampleArgmax(kernels.upsample_argmax)
 
         if weights is not None:
             from fastdeeplab import checkpoint
@@ -185,7 +215,7 @@ class ResNetModel(nn.Module):
             raise RuntimeError("predict() needs the model in eval mode: call model.eval() first")
         dtype = torch.int64 if dtype is None else dtype
         check_index_dtype(dtype, self.config["num_classes"])
-        return upsample_argmax(self.logits(images)["out"], images.shape[-2:], dtype)
+        return self.upsample_argmax(self.logits(images)["out"], images.shape[-2:], dtype)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``torch.nn.Module.load_state_dict``, but a state dict that does not fit changes nothing.
@@ -217,19 +247,6 @@ class ResNetModel(nn.Module):
 def upsample_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
     """(N, K, h, w) to (N, K, *size), bilinear with ``align_corners=False``."""
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def upsample_argmax(logits: Tensor, size: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
-    """(N, K, h, w) logits to (N, *size) class indices, interpolated in fp32."""
-    return upsample_logits(logits.float(), size).argmax(dim=1).to(dtype)
-
-
-def check_index_dtype(dtype: torch.dtype, num_classes: int) -> None:
-    """Raise ValueError unless ``dtype`` is an integer type for class indices that can hold ``num_classes``."""
-    allowed = (torch.uint8, torch.int16, torch.int32, torch.int64)
-    _require(dtype in allowed, "dtype", "torch.uint8, int16, int32 or int64", dtype)
-    if num_classes - 1 > torch.iinfo(dtype).max:
-        raise ValueError(f"dtype {dtype} can't hold the indices of {num_classes} classes")
 
 
 def _require(condition: bool, name: str, allowed: str, value: object) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdeeplab.model import upsample_argmax
+from fastdeeplab.head import UpsampleArgmax
 from fastdeeplab.pictures import PictureError, read_picture, to_rgb
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -87,6 +87,7 @@ class Segmenter:
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std must be three values each, std above 0, got {mean} and {std}")
         self.model: Any = model if device is None else model.to(device)
+        self.upsample_argmax = getattr(model, "upsample_argmax", UpsampleArgmax())  # by the model's own kernel flag
         self.resize = resize
         self.batch_size = batch_size
         self.mean = torch.tensor(mean).view(3, 1, 1)
@@ -198,7 +199,7 @@ class Segmenter:
                     for low, job in zip(logits.split(1), batch, strict=True):  # one by one: their own sizes may differ
                         assert job.result.image is not None
                         width, height = job.result.image.size
-                        masks.append(upsample_argmax(low, (height, width), dtype)[0].cpu().numpy())
+                        masks.append(self.upsample_argmax(low, (height, width), dtype)[0].cpu().numpy())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

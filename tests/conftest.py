@@ -1,10 +1,30 @@
-"""What every test needs: torchvision importable (before any test imports it plainly), one seed."""
+"""What every test needs: a device for kernels, torchvision importable (before any test imports it plainly), one seed.
+
+Without a GPU Triton's interpreter runs the kernels, on CPU tensors: a kernel's test has the same body on either.
+"""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+
 from import_torchvision import torchvision as torchvision
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run: the GPU, or the CPU under the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accuracy import relative_error
+from fastdeeplab.kernels.measure import relative_error
 from import_torchvision import torchvision
 from networks import randomise_batch_norm, small_model
 from torch import Tensor, nn

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from accuracy import relative_error
+from fastdeeplab.kernels.measure import relative_error
 from networks import randomise_batch_norm, small_model, torchvision_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

@@ -1,0 +1,33 @@
+"""Which implementation each module of a model runs, and why."""
+
+import torch
+from torch import nn
+
+from fastdeeplab.kernels import choose
+
+
+def explain(module: nn.Module) -> str:
+    """Say for every module with a ``kernel`` flag which implementation runs and why.
+
+    The answer is for the module as it is: its device, its dtype, its mode. A flag that can't be followed is shown with
+    the reason; calling the module raises it.
+
+    Args:
+        module: a ``ResNetModel``, a ``SegmentationLoss``, or any module that holds some.
+
+    Returns:
+        A table as text: the module's name, its function, the implementation, the reason.
+    """
+    tensor = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.empty(0))
+    rows = [("module", "function", "runs", "because")]
+    for name, part in module.named_modules():
+        if hasattr(part, "kernel") and hasattr(part, "kernel_function"):
+            try:
+                runs, why = choose(part.kernel_function, part.kernel, tensor.device, tensor.dtype)
+            except RuntimeError as error:
+                runs, why = "nothing", str(error)
+            rows.append((name or type(part).__name__, part.kernel_function, runs, why))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
+    )

@@ -1,0 +1,93 @@
+"""Which implementation of a function runs, the Triton kernel or PyTorch, and why."""
+
+import functools
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+MIN_CAPABILITY = (8, 0)  # Ampere: bf16 and cp.async
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Choice(NamedTuple):
+    impl: str  # "triton" or "torch"
+    why: str
+
+
+@torch.compiler.assume_constant_result
+def choose(function: str, impl: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """Choose how ``function`` runs on tensors of this device and dtype when ``impl`` is asked for.
+
+    Raises:
+        RuntimeError: ``impl`` is ``"triton"`` and the kernel can't run here.
+    """
+    if kernels_are_off():
+        return Choice("torch", "FASTDEEPLAB_KERNELS=torch")
+    if impl == "torch":
+        return Choice("torch", "as asked for")
+    obstacle = why_not(device, dtype)
+    if impl == "triton":
+        if obstacle:
+            raise RuntimeError(f"{function} can't run as a Triton kernel here: {obstacle}")
+        return Choice("triton", "as asked for")
+    if obstacle:
+        return Choice("torch", obstacle)
+    if device.type == "cpu":
+        return Choice("torch", "the interpreter is for tests")
+    return Choice("triton", "predicted: it never writes the full-size logits")
+
+
+def kernels_are_off() -> bool:
+    """Whether the user has turned every kernel off, for debugging."""
+    value = os.environ.get("FASTDEEPLAB_KERNELS", "")
+    if value not in ("", "torch"):
+        raise ValueError(f'the environment variable FASTDEEPLAB_KERNELS must be "torch" or unset, got {value!r}')
+    return value == "torch"
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in Python on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels can't run on tensors of this device and dtype; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} is not one of float32, float16, bfloat16"
+    if device.type == "cpu":
+        if not interpreting():
+            return "the tensors are on a CPU"
+        return "Triton's interpreter gets bfloat16 wrong" if dtype == torch.bfloat16 else None
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, the kernels are for NVIDIA GPUs"
+    if torch.version.hip:
+        return "this PyTorch is built for ROCm, the kernels are for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    return _why_triton_can_not_compile()
+
+
+def _why_triton_can_not_compile() -> str | None:
+    """Triton builds its launchers with a C compiler, and writes what it compiled to a cache directory."""
+    from triton import knobs
+
+    if not (knobs.build.cc or shutil.which("clang") or shutil.which("gcc")):
+        return "Triton needs a C compiler and finds none: install gcc, or name one in CC"
+    cache = Path(knobs.cache.dir)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        return f"Triton can't write its cache directory {cache} ({error.strerror}): name another in TRITON_CACHE_DIR"
+    return None

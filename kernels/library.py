@@ -1,0 +1,201 @@
+"""The functions with PyTorch at its best; this is what ``"torch"`` means.
+
+Full-size logits are worked through in chunks, some rows of some pictures at a time, that are small enough for a CPU's
+caches. A chunk is interpolated along x, for the few low-resolution rows that it touches, and then along y: an eighth of
+the interpolations along x that ``F.interpolate`` makes at output stride 8. Its classes lie side by side, which is the
+order in which all that follows reads them.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Full-size logits in a chunk. On a GPU a chunk is as large as keeps it busy, on a CPU as fits into its caches.
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+def upsample_argmax(logits: Tensor, size: Sequence[int], *, dtype: torch.dtype = torch.int64) -> Tensor:
+    indices = logits.new_empty((len(logits), *size), dtype=dtype)
+    for chunk in _chunks(logits, size):
+        indices[chunk.images, chunk.rows] = chunk.upsample(logits).argmax(dim=-1)
+    return indices
+
+
+def upsample_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    check_target: bool = False,
+) -> Tensor:
+    if reduction == "none":
+        size = target.shape[-2:]
+        return F.cross_entropy(
+            F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False),
+            target.long(),
+            None if weight is None else weight.float(),
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+    weight = None if weight is None else weight.float()
+    loss, total_weight = _UpsampleCrossEntropy.apply(logits, target, weight, ignore_index, label_smoothing)
+    return loss / total_weight if reduction == "mean" else loss
+
+
+class _UpsampleCrossEntropy(torch.autograd.Function):
+    """Recomputes the chunks in the backward instead of saving them."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        logits, target, weight, ctx.ignore_index, ctx.label_smoothing = arguments
+        loss, total_weight, lse = cross_entropy_forward(*arguments)
+        ctx.mark_non_differentiable(total_weight)
+        ctx.save_for_backward(lse, logits, target, weight)
+        return loss, total_weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logits = cross_entropy_backward(grad, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing)
+        return grad_logits, None, None, None, None
+
+
+def cross_entropy_forward(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over the pixels that count of the loss and of the weights, and the log-sum-exp of each pixel, in fp32.
+
+    A target that is neither a class nor ``ignore_index`` makes the loss NaN and counts nowhere else.
+    """
+    K = logits.shape[1]
+    loss = logits.new_zeros((), dtype=torch.float64)
+    total_weight = torch.zeros_like(loss)
+    lse = logits.new_empty(target.shape, dtype=torch.float32)
+    for chunk in _chunks(logits, target.shape[1:]):
+        values = chunk.upsample(logits)
+        own, counts, stray = _read_target(target[chunk.images, chunk.rows], K, ignore_index)
+        part_lse = values.logsumexp(dim=-1)
+        lse[chunk.images, chunk.rows] = part_lse
+        own_weight = counts.float() if weight is None else weight[own] * counts
+        part = (1 - label_smoothing) * own_weight * (part_lse - values.gather(-1, own[..., None])[..., 0])
+        if label_smoothing:
+            weights = values.new_ones(K) if weight is None else weight
+            smooth = weights.sum() * part_lse - values @ weights
+            part = part + label_smoothing / K * smooth
+        loss += part.where(counts, torch.where(stray, torch.nan, 0.0)).sum(dtype=torch.float64)
+        total_weight += own_weight.sum(dtype=torch.float64)
+    return loss.float(), total_weight.float(), lse
+
+
+def cross_entropy_backward(
+    grad: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """The gradient of the summed loss, times ``grad``, in the logits' dtype; deterministic."""
+    N, K, h, w = logits.shape
+    H, W = target.shape[1:]
+    total = torch.zeros((N, h, w, K), dtype=torch.float32, device=logits.device)
+    along_x = _interpolation_matrix(w, W, slice(0, W), slice(0, w), logits.device)
+    for chunk in _chunks(logits, (H, W)):
+        values = chunk.upsample(logits)
+        own, counts, _ = _read_target(target[chunk.images, chunk.rows], K, ignore_index)
+        own_weight = (1 - label_smoothing) * (counts.float() if weight is None else weight[own] * counts)
+        softmax_weight = own_weight
+        if label_smoothing:
+            weights = values.new_ones(K) if weight is None else weight
+            softmax_weight = own_weight + label_smoothing / K * weights.sum() * counts
+        values.sub_(lse[chunk.images, chunk.rows, :, None]).exp_().mul_(softmax_weight[..., None])
+        values.masked_fill_(~counts[..., None], 0.0)  # a pixel that does not count may have NaN logits
+        values.scatter_add_(-1, own[..., None], -own_weight[..., None])
+        if label_smoothing:
+            values -= label_smoothing / K * weights * counts[..., None]
+        along_y = _interpolation_matrix(h, H, chunk.rows, chunk.source_rows, logits.device)
+        values = (along_y.T @ values.flatten(2)).unflatten(2, (W, K))
+        total[chunk.images, chunk.source_rows] += along_x.T @ values
+    # Exactly 0 stays 0 if grad is infinite: the mean over no pixels at all.
+    return torch.empty_like(logits).copy_(torch.where(total == 0, 0.0, total * grad).permute(0, 3, 1, 2))
+
+
+class _Chunk(NamedTuple):
+    """Some output rows of some pictures, and the low-resolution rows that they are interpolated from."""
+
+    images: slice
+    rows: slice
+    source_rows: slice
+    size: tuple[int, int]  # (H, W) of the whole output
+
+    def upsample(self, logits: Tensor) -> Tensor:
+        """The rows of ``F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)``.
+
+        (N, K, h, w) -> (images, rows, W, K).
+        """
+        H, W = self.size
+        source = logits[self.images, :, self.source_rows].permute(0, 2, 3, 1).float().contiguous()
+        source = _interpolate(source, 2, logits.shape[3], W, slice(0, W), slice(0, logits.shape[3]))
+        return _interpolate(source, 1, logits.shape[2], H, self.rows, self.source_rows)
+
+
+def _chunks(logits: Tensor, size: Sequence[int]) -> Iterator[_Chunk]:
+    N, K, h, _ = logits.shape
+    H, W = size
+    rows = max(1, CHUNK_ELEMENTS.get(logits.device.type, 1 << 26) // (K * W))
+    images = max(1, rows // H)
+    rows = min(rows, H)
+    for n in range(0, N, images):
+        for y in range(0, H, rows):
+            end = min(y + rows, H)
+            source_rows = slice(_lower(h, H, y), min(_lower(h, H, end - 1) + 2, h))
+            yield _Chunk(slice(n, min(n + images, N)), slice(y, end), source_rows, (H, W))
+
+
+def _lower(n_in: int, n_out: int, position: int) -> int:
+    """The sample at or before an output position, for half-pixel centres."""
+    return max(0, ((2 * position + 1) * n_in - n_out) // (2 * n_out))
+
+
+def _interpolate(values: Tensor, dim: int, n_in: int, n_out: int, outputs: slice, inputs: slice) -> Tensor:
+    """Linear interpolation along ``dim`` from n_in samples, of which ``values`` holds some, to some of n_out positions.
+
+    By weights rather than differences, as PyTorch does it: infinity minus infinity would be NaN.
+    """
+    lower, upper, fraction = _positions(n_in, n_out, outputs, values.device)
+    fraction = fraction.view([-1 if axis == dim else 1 for axis in range(4)])
+    result = values.index_select(dim, lower - inputs.start).mul_(1 - fraction)
+    return result.addcmul_(values.index_select(dim, upper - inputs.start), fraction)
+
+
+def _positions(n_in: int, n_out: int, positions: slice, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The samples before and after some output positions, and the weight of the latter."""
+    doubled = (2 * torch.arange(positions.start, positions.stop, device=device) + 1) * n_in - n_out
+    doubled = doubled.clamp(min=0)  # the distance from the first sample in units of 1 / (2 * n_out)
+    lower = doubled // (2 * n_out)
+    fraction = (doubled - lower * 2 * n_out).double() / (2 * n_out)
+    return lower, (lower + 1).clamp(max=n_in - 1), fraction.float()
+
+
+def _interpolation_matrix(n_in: int, n_out: int, outputs: slice, inputs: slice, device: torch.device) -> Tensor:
+    """(outputs, inputs) weights; its transpose takes gradients back."""
+    lower, upper, fraction = _positions(n_in, n_out, outputs, device)
+    samples = torch.arange(inputs.start, inputs.stop, device=device)
+    return (samples == lower[:, None]) * (1 - fraction[:, None]) + (samples == upper[:, None]) * fraction[:, None]
+
+
+def _read_target(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Class indices (0 where there is none), which pixels count, and which have a target that is no class."""
+    target = target.long()
+    is_class = (target >= 0) & (target < num_classes)
+    valid = target != ignore_index
+    counts = valid & is_class
+    return torch.where(counts, target, 0), counts, valid & ~is_class

@@ -1,0 +1,142 @@
+"""Which implementation runs where, and the reasons given."""
+
+import importlib.util
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fastdeeplab.kernels import choice, library, reference
+
+from fastdeeplab import kernels
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_reasons() -> Iterator[None]:
+    choice.why_not.cache_clear()
+    yield
+    choice.why_not.cache_clear()
+
+
+@pytest.fixture
+def _capable_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+
+
+@pytest.mark.usefixtures("_capable_gpu")
+def test_auto_takes_the_kernel_on_a_gpu_and_pytorch_on_a_cpu() -> None:
+    assert choice.choose("upsample_argmax", "auto", GPU, torch.bfloat16).impl == "triton"
+    assert choice.choose("upsample_argmax", "torch", GPU, torch.bfloat16) == ("torch", "as asked for")
+    assert choice.choose("upsample_argmax", "auto", CPU, torch.float32).impl == "torch"
+
+
+def test_fault_18_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert choice.choose("upsample_argmax", "auto", CPU, torch.float32) == ("torch", "the tensors are on a CPU")
+    with pytest.raises(
+        RuntimeError, match="upsample_argmax can't run as a Triton kernel here: the tensors are on a CPU"
+    ):
+        kernels.upsample_argmax(torch.zeros(1, 2, 3, 3), (6, 6), impl="triton")
+
+
+@pytest.mark.usefixtures("_capable_gpu")
+def test_fault_18_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choice.why_not(GPU, torch.float16) == "Some GPU has compute capability 7.5, the kernels need 8.0"
+    with pytest.raises(RuntimeError, match=r"compute capability 7\.5"):
+        choice.choose("upsample_argmax", "triton", GPU, torch.float16)
+
+
+@pytest.mark.usefixtures("_capable_gpu")
+def test_fault_18_no_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert "C compiler" in str(choice.why_not(GPU, torch.float16))
+    monkeypatch.setenv("CC", "/opt/bin/cc")
+    choice.why_not.cache_clear()
+    assert choice.why_not(GPU, torch.float16) is None
+
+
+@pytest.mark.usefixtures("_capable_gpu")
+def test_fault_18_cache_directory_can_not_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/nowhere/triton")
+    assert "TRITON_CACHE_DIR" in str(choice.why_not(GPU, torch.float16))
+
+
+def test_fault_18_triton_missing() -> None:
+    """Everything imports and PyTorch's path runs, in a process where ``import triton`` fails."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch, fastdeeplab as fdl
+from fastdeeplab import kernels
+from fastdeeplab.kernels import choice
+logits = torch.randn(1, 5, 4, 4, requires_grad=True)
+kernels.upsample_cross_entropy(logits, torch.zeros(1, 8, 8, dtype=torch.uint8)).backward()
+torch.ops.fastdeeplab.upsample_argmax(logits.detach(), (8, 8), torch.uint8)
+print(choice.choose("upsample_argmax", "auto", logits.device, logits.dtype), kernels.upsample_argmax(logits, (8, 8)))
+try:
+    kernels.upsample_argmax(logits, (8, 8), impl="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Triton is not installed") == 2
+
+
+@pytest.mark.usefixtures("_capable_gpu")
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_dtypes_without_a_kernel(device: torch.device) -> None:
+    assert "float64 is not one of" in str(choice.why_not(device, torch.float64))
+
+
+def test_bf16_is_wrong_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "interpreter" in str(choice.why_not(CPU, torch.bfloat16))
+    assert choice.why_not(CPU, torch.float16) is None
+
+
+def test_other_devices() -> None:
+    assert "mps" in str(choice.why_not(torch.device("mps"), torch.float16))
+
+
+@pytest.mark.usefixtures("_capable_gpu")
+def test_environment_turns_every_kernel_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDEEPLAB_KERNELS", "torch")
+    for impl in ("auto", "triton", "torch"):
+        assert choice.choose("upsample_argmax", impl, GPU, torch.float16) == ("torch", "FASTDEEPLAB_KERNELS=torch")
+    monkeypatch.setenv("FASTDEEPLAB_KERNELS", "off")
+    with pytest.raises(ValueError, match='must be "torch" or unset'):
+        choice.choose("upsample_argmax", "auto", GPU, torch.float16)
+
+
+def test_a_wrong_implementation_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match='"auto", "triton" or "torch"'):
+        kernels.upsample_argmax(torch.zeros(1, 2, 3, 3), (6, 6), impl="cuda")
+
+
+@pytest.mark.parametrize("name", ["upsample_argmax", "upsample_cross_entropy"])
+def test_every_form_of_a_function_has_one_signature(name: str) -> None:
+    public = inspect.signature(getattr(kernels, name))
+    assert public.parameters["impl"].default == "auto"
+    without_impl = [parameter for parameter in public.parameters.values() if parameter.name != "impl"]
+    for form in (reference, library):
+        assert list(inspect.signature(getattr(form, name)).parameters.values()) == without_impl
+    assert hasattr(torch.ops.fastdeeplab, name)
+
+
+def test_only_verification_imports_the_reference() -> None:
+    program = "import sys, fastdeeplab, fastdeeplab.kernels; print('fastdeeplab.kernels.reference' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+    assert importlib.util.find_spec("fastdeeplab.kernels.reference") is not None

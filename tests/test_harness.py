@@ -1,0 +1,238 @@
+"""The benchmarks run on a CPU, write complete rows, and show one device and one commit at a time."""
+
+import csv
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bench_argmax
+import bench_cross_entropy
+import harness
+import plot
+import pytest
+import roofline
+import torch
+from fastdeeplab.kernels import reference
+from fastdeeplab.kernels.measure import Measurement
+from harness import COLUMNS, Results, Row, make_row
+
+ROOT = Path(harness.__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def a_row(**changes: object) -> Row:
+    measurement = Measurement(p20=1.0, p50=2.0, p80=3.0, repeats=10, peak_memory=1000, error=1e-7)
+    row = make_row(
+        CPU,
+        kernel="upsample_argmax",
+        implementation="eager-fp32",
+        shape="1x2x3x4->5x6",
+        layout="NCHW",
+        dtype="float32",
+        measurement=measurement,
+        work=roofline.Work(bytes=4_000_000),
+        flop=6_000_000_000,
+    )
+    return dataclasses.replace(row, **changes)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run_benchmark(name: str, select: str, path: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", f"benchmarks/{name}", "-k", select, "--csv", str(path)]
+    command += ["--seconds", "0.01", "-p", "no:cacheprovider"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the cases are tiny, and other tests may run beside
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_rates_follow_from_work_and_median() -> None:
+    row = a_row()
+    assert (row.gb_per_s, row.tflop_per_s) == pytest.approx((2.0, 3.0))
+    assert (row.floor_ms, row.share_of_floor, row.driver) == (None, None, "")
+    assert row.device == harness.device_name(CPU) != ""
+
+
+def test_share_of_floor_is_known_for_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "device_name", lambda _: "NVIDIA H200")
+    row = a_row()
+    assert row.floor_ms == pytest.approx(4e6 / 4.3e12 * 1000)
+    assert row.share_of_floor == pytest.approx(row.floor_ms / 2.0)
+
+
+def test_rows_are_in_the_file_at_once_and_across_runs(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.csv"
+    first = Results(path)
+    first.append(a_row())
+    assert len(read(path)) == 1
+    first.append(a_row(shape='a "quoted", shape'))
+    Results(path).append(a_row(kernel="another"))
+    found = read(path)
+    assert [row["kernel"] for row in found] == ["upsample_argmax", "upsample_argmax", "another"]
+    assert found[1]["shape"] == 'a "quoted", shape'
+    assert list(found[0]) == COLUMNS
+    assert (found[0]["p50_ms"], found[0]["floor_ms"], found[0]["error_fp64"]) == ("2.0", "", "1e-07")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("commit,gpu\nabc,H200\n", "has the columns commit,gpu; expected"), (None, "middle of a row")]
+)
+def test_a_file_of_another_kind_is_refused_and_kept(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(text or ",".join(COLUMNS) + "\nabc,AMD")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        Results(path)
+    assert path.read_bytes() == before
+
+
+def test_the_commit_is_dirty_if_code_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        name = ["-c", "user.name=n", "-c", "user.email=e@x"]
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *name, *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    def commit() -> str:
+        harness.commit.cache_clear()
+        return harness.commit()
+
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    assert commit() == "unknown"
+    git("init")
+    code, results = tmp_path / "code.py", tmp_path / "benchmarks" / "results"
+    code.write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert commit() == git("rev-parse", "--short=12", "HEAD")
+    results.mkdir(parents=True)
+    (results / "gpu.csv").write_text("rows")
+    assert not commit().endswith("-dirty")
+    code.write_text("2")
+    assert commit().endswith("-dirty")
+    harness.commit.cache_clear()
+
+
+def test_shortfall_is_zero_for_the_fp64_argmax_alone() -> None:
+    logits, size = torch.randn(2, 5, 4, 4), (9, 7)
+    full = bench_argmax.full_logits(logits, size)
+    indices = reference.upsample_argmax(logits.double(), size)
+    assert bench_argmax.shortfall(indices, full) == 0
+    indices[1, 2, 3] = full[1, :, 2, 3].argmin()
+    assert bench_argmax.shortfall(indices, full) > 0.01
+    for wrong in (indices + 5, indices - 5, indices[:1]):
+        assert bench_argmax.shortfall(wrong, full) == math.inf
+
+
+def test_the_fp64_loss_is_that_of_the_whole_batch() -> None:
+    heads = [torch.randn(2, 5, 4, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    target = torch.randint(5, (2, 9, 7))
+    target[0, :5] = bench_cross_entropy.IGNORED
+    main, aux = (reference.upsample_cross_entropy(x, target, ignore_index=bench_cross_entropy.IGNORED) for x in heads)
+    loss = main + bench_cross_entropy.AUX_WEIGHT * aux
+    torch.testing.assert_close(
+        bench_cross_entropy.in_fp64(target, *heads), (loss.detach(), *torch.autograd.grad(loss, heads))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "select", "implementations"),
+    [
+        ("bench_argmax.py", "2x21x and bfloat16-channels and not compiled", {"eager-fp32", "eager-bf16", "torch"}),
+        (
+            "bench_cross_entropy.py",
+            "2x21x and bfloat16-channels and 2head and not compiled",
+            {"eager-fp32", "eager-bf16", "deterministic-fp32", "torch"},
+        ),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="selects the small cases that run on a CPU")
+def test_a_benchmark_writes_a_row_per_implementation(
+    tmp_path: Path, name: str, select: str, implementations: set[str]
+) -> None:
+    path = tmp_path / "rows.csv"
+    run = run_benchmark(name, select, path)
+    assert run.returncode == 0, run.stdout
+    rows = read(path)
+    assert {row["implementation"] for row in rows} == implementations
+    assert len(rows) == len(implementations)
+    for row in rows:
+        assert row["kernel"] == "upsample_" + name.removeprefix("bench_").removesuffix(".py")
+        assert row["shape"].startswith("2x21x8x8->64x64")
+        assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        assert int(row["peak_memory_bytes"]) >= 2 * 21 * 8 * 8 * 2  # the result: an index per pixel, or a gradient
+        assert 0 <= float(row["error_fp64"]) < 0.1
+    by_name = {row["implementation"]: row for row in rows}
+    full_size = 2 * 21 * 64 * 64 * 4
+    assert int(by_name["eager-fp32"]["peak_memory_bytes"]) > full_size
+    assert plot.tables(plot.newest_run(rows)).count("\n| 2x21x8x8->64x64") == len(implementations)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="selects the small cases that run on a CPU")
+def test_a_benchmark_stops_before_it_measures_for_a_file_of_another_kind(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("commit,gpu\n")
+    run = run_benchmark("bench_argmax.py", "2x21x and not compiled", path)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "has the columns commit,gpu" in run.stdout + run.stderr
+    assert path.read_text() == "commit,gpu\n"
+
+
+def as_text(row: Row) -> dict[str, str]:
+    return {name: "" if value is None else str(value) for name, value in dataclasses.asdict(row).items()}
+
+
+def test_only_the_newest_commit_of_one_device_is_shown() -> None:
+    rows = [
+        as_text(a_row(commit="old", p50_ms=100.0)),
+        as_text(a_row(commit="old", implementation="removed since", p50_ms=1.0)),
+        as_text(a_row(commit="new", p50_ms=8.0)),
+        as_text(a_row(commit="new", implementation="torch", p50_ms=4.0)),
+        as_text(a_row(commit="new", p50_ms=16.0)),
+    ]
+    found = plot.newest_run(rows)
+    assert {(row["commit"], row["p50_ms"]) for row in found} == {("new", "16.0"), ("new", "4.0")}
+    text = plot.tables(found)
+    assert "commit new" in text
+    assert "| 0.250 |" in text
+
+    mixed = [*rows, as_text(a_row(device="NVIDIA H200", driver="1.2", commit="gpu"))]
+    with pytest.raises(ValueError, match="several devices"):
+        plot.newest_run(mixed)
+    (only,) = plot.newest_run(mixed, "NVIDIA H200")
+    assert only["commit"] == "gpu"
+    with pytest.raises(ValueError, match="no rows of A100"):
+        plot.newest_run(mixed, "A100")
+    with pytest.raises(ValueError, match="no rows of any device"):
+        plot.newest_run([])
+
+
+def test_times_of_a_cpu_are_shown_as_ratios_only() -> None:
+    on_cpu = plot.tables([as_text(a_row(p50_ms=12.3456))])
+    on_gpu = plot.tables([as_text(a_row(p50_ms=12.3456, driver="1.2"))])
+    assert "12.3456" not in on_cpu
+    assert "12.3456 (1.0000 to 3.0000)" in on_gpu
+
+
+def test_a_figure_per_kernel(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [as_text(a_row(kernel=k, implementation=i)) for k in ("one", "two") for i in ("eager-fp32", "torch")]
+    assert [path.name for path in plot.draw_figures(rows, tmp_path)] == ["one.png", "two.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+def test_floors_of_the_known_gpu() -> None:
+    gpu = roofline.GPUS["H200"]
+    argmax = roofline.argmax_work(1, 19, (128, 256), (1024, 2048), logit_bytes=2, index_bytes=8)
+    assert argmax.bytes == 19 * 128 * 256 * 2 + 1024 * 2048 * 8
+    assert argmax.floor(gpu) == pytest.approx(5.4e-3, rel=0.01)  # bound by 4 instructions per pixel and class
+    assert argmax.milliseconds(gpu)["bytes"] == pytest.approx(4.2e-3, rel=0.01)
+    loss = roofline.cross_entropy_work(16, 150, (64, 64), (512, 512), logit_bytes=2, target_bytes=8, heads=2)
+    assert loss.floor(gpu) == pytest.approx(1.06, rel=0.01)
+    assert roofline.known_gpu("NVIDIA H200") is gpu
+    assert roofline.known_gpu("NVIDIA GeForce RTX 3090") is None
