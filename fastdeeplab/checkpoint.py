@@ -47,13 +47,20 @@ PUBLISHED = {
 COMPUTED = {torch.bfloat16, torch.float16, torch.float32, torch.float64}  # dtypes that convolutions run in
 
 
-def check_state_dict(model: ResNetModel, state_dict: Mapping[str, Any]) -> None:
+def check_state_dict(model: ResNetModel, state_dict: Mapping[str, Any], strict: bool = True) -> None:
     """Compare keys and shapes with the model's; torch's older state dicts may lack ``num_batches_tracked``.
+
+    Without ``strict`` only the shapes of what both have.
 
     Raises:
         CheckpointError: they differ. It names the keys and says what to do.
     """
-    _compare(model.state_dict(), state_dict)
+    own = model.state_dict()
+    if not strict:
+        shared = own.keys() & state_dict.keys()
+        own = {key: value for key, value in own.items() if key in shared}
+        state_dict = {key: value for key, value in state_dict.items() if key in shared}
+    _compare(own, state_dict)
 
 
 def _compare(own: Mapping[str, Tensor], state_dict: Mapping[str, Any]) -> None:
@@ -220,7 +227,10 @@ def infer_config(state_dict: Mapping[str, Tensor], *, width: float | None = None
         raise CheckpointError(f"This is not a DeepLabV3 on a ResNet: {listing(absent)} missing or not 4-dimensional")
     channels, in_channels = state_dict["backbone.conv1.weight"].shape[:2]
     if width is None and channels != 64:
-        raise CheckpointError(f"backbone.conv1 has {channels} channels, and 64 at width 1: pass width=")
+        raise CheckpointError(
+            f"backbone.conv1 has {channels} channels, 64 at width 1, and several widths give that: "
+            "say which with ResNetModel.load(path, width=...)"
+        )
     width = 1.0 if width is None else width
     if not (isinstance(width, int | float) and 0 < width < math.inf and scale_channels(64, width) == channels):
         raise CheckpointError(f"backbone.conv1 has {channels} channels, which is not what width={width!r} gives")

@@ -4,7 +4,6 @@ import glob
 import importlib.metadata
 import os
 import platform
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -24,7 +23,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"The command line needs the package {package}: pip install 'fastdeeplab[pictures]'") from None
 
 import fastdeeplab
+from fastdeeplab import kernels
 from fastdeeplab.checkpoint import PUBLISHED, CheckpointError, load, load_weights
+from fastdeeplab.kernels.choice import kernels_are_off, why_not
 from fastdeeplab.model import ResNetModel
 from fastdeeplab.outputs import MASK, OVERLAY, Output, State, plan
 from fastdeeplab.palettes import PALETTES, Palette, choose_palette
@@ -164,15 +165,18 @@ def _find_pictures(sources: Iterable[str]) -> list[Path]:
     found: dict[str, Path] = {}
     for source in sources:
         path = Path(source)
-        if path.is_dir():
-            inside = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
-            files = sorted(file for file in inside if not file.is_dir())
-            nothing = f"no pictures in the folder {source} ({', '.join(SUFFIXES)})"
-        elif os.path.lexists(path):
-            files = [path]
-        else:
-            files = sorted(file for file in map(Path, glob.glob(source, recursive=True)) if not file.is_dir())  # noqa: PTH207
-            nothing = f"no files match {source}" if glob.has_magic(source) else f"there is no file or folder {source}"
+        nothing = f"no files match {source}" if glob.has_magic(source) else f"there is no file or folder {source}"
+        try:
+            if path.is_dir():
+                inside = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+                files = sorted(file for file in inside if not file.is_dir())
+                nothing = f"no pictures in the folder {source} ({', '.join(SUFFIXES)})"
+            elif os.path.lexists(path):
+                files = [path]
+            else:
+                files = sorted(file for file in map(Path, glob.glob(source, recursive=True)) if not file.is_dir())  # noqa: PTH207
+        except OSError as error:  # no permission, or a name that no file can have
+            _fail(f"{source}: {error.strerror}")
         if not files:
             _fail(nothing)
         for file in files:
@@ -319,8 +323,9 @@ def _abilities() -> Iterator[tuple[str, str]]:
     yield "segment on the CPU", "yes"
     reason = _why_no_cuda()
     yield "segment on a GPU", f"no: {reason}" if reason else "yes"
-    reason = reason or _why_no_triton()
-    yield "Triton kernels", f"no: {reason}" if reason else "yes, Triton can compile for this GPU"
+    reason = _why_no_kernels()
+    for function in kernels.FUNCTIONS:
+        yield f"kernel {function}", f"no, PyTorch instead: {reason}" if reason else "yes"
     for depth, url in PUBLISHED["torchvision"].items():
         file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
         where = f"in {file}" if file.is_file() else "to be downloaded on first use"
@@ -336,14 +341,10 @@ def _why_no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "PyTorch finds no NVIDIA GPU and driver"
 
 
-def _why_no_triton() -> str | None:
-    if _version("triton") is None:
-        return "triton is not installed"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "they need a GPU of compute capability 8.0 or above"
-    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        return "Triton needs a C compiler (gcc, clang or the one that CC names)"
-    return None
+def _why_no_kernels() -> str | None:
+    if kernels_are_off():
+        return "FASTDEEPLAB_KERNELS=torch"
+    return _why_no_cuda() or why_not(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The training loss of DeepLabV3: cross-entropy of the main logits plus a share of the auxiliary head's."""
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -42,12 +43,12 @@ class SegmentationLoss(nn.Module):
         kernel: str = "auto",
     ) -> None:
         super().__init__()
-        if not aux_weight >= 0:
-            raise ValueError(f"aux_weight must be at least 0, got {aux_weight}")
+        if not 0 <= aux_weight < math.inf:
+            raise ValueError(f"aux_weight must be a number from 0 up, got {aux_weight}")
         check_label_smoothing(label_smoothing)
         check_impl(kernel, "kernel")
-        if weight is not None and weight.ndim != 1:
-            raise ValueError(f"weight must be (K,), got {tuple(weight.shape)}")
+        if weight is not None and not (isinstance(weight, Tensor) and weight.ndim == 1):
+            raise ValueError(f"weight must be a (K,) tensor, got {weight!r}")
         self.aux_weight = aux_weight
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
@@ -82,6 +83,9 @@ class SegmentationLoss(nn.Module):
         return loss
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        low, full = tuple(logits.shape[2:]), tuple(target.shape[1:])
+        if target.ndim == 3 and any(a > b for a, b in zip(low, full, strict=True)):
+            raise ValueError(f"logits must be no larger than the target's {full}, got {low}")
         return upsample_cross_entropy(
             logits,
             target,

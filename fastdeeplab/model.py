@@ -4,11 +4,11 @@ Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation" (20
 and semantics of ``torchvision.models.segmentation``, so that its published weights load and give the same masks.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from fastdeeplab.kernels.checks import check_impl, check_index_dtype
 
 ATROUS_RATES = {8: (12, 24, 36), 16: (6, 12, 18)}
 FIRST_BLOCK_DILATIONS = ("previous", "full")
+PUBLISHED_WEIGHTS = ("torchvision", "imagenet")
+MAX_WIDTH, MAX_COUNT = 64, 2**20  # far above any use, and below where sizes overflow
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,15 @@ class ResNetModel(nn.Module):
         kernels: str | Kernels = "auto",
     ) -> None:
         super().__init__()
-        _require(depth in tuple(LAYERS), "depth", "50, 101 or 152", depth)
+        _require(_is_count(depth) and depth in LAYERS, "depth", "50, 101 or 152", depth)
         _require(_is_count(num_classes), "num_classes", "a positive integer", num_classes)
-        _require(output_stride in tuple(ATROUS_RATES), "output_stride", "8 or 16", output_stride)
+        _require(_is_count(output_stride) and output_stride in ATROUS_RATES, "output_stride", "8 or 16", output_stride)
         _require(isinstance(aux_head, bool), "aux_head", "True or False", aux_head)
         _require(
             atrous_rates is None or _are_counts(atrous_rates, 3), "atrous_rates", "3 positive integers", atrous_rates
         )
         _require(layers is None or _are_counts(layers, 4), "layers", "4 positive integers", layers)
+        layers = None if layers is None else [int(count) for count in layers]
         blocks = tuple(layers or LAYERS[depth])
         _require(
             multi_grid is None or _are_counts(multi_grid, blocks[3]),
@@ -118,13 +121,10 @@ class ResNetModel(nn.Module):
         )
         _require(_is_count(in_channels), "in_channels", "a positive integer", in_channels)
         _require(_is_number(dropout) and 0 <= dropout < 1, "dropout", "a number in [0, 1)", dropout)
-        _require(_is_number(width) and 0 < width < math.inf, "width", "a positive number", width)
-        _require(
-            weights is None or isinstance(weights, str | Path),
-            "weights",
-            '"torchvision", "imagenet", a path or None',
-            weights,
-        )
+        _require(_is_number(width) and 0 < width <= MAX_WIDTH, "width", f"a positive number up to {MAX_WIDTH}", width)
+        known = weights is None or weights in PUBLISHED_WEIGHTS
+        known = known or (isinstance(weights, str | Path) and Path(weights).is_file())
+        _require(known, "weights", '"torchvision", "imagenet", the path of a file or None', weights)
         if isinstance(kernels, str):
             check_impl(kernels, "kernels")
             kernels = Kernels(*[kernels] * 4)
@@ -132,31 +132,32 @@ class ResNetModel(nn.Module):
 
         # What rebuilds the model, in values that JSON can hold.
         self.config: dict[str, Any] = {
-            "depth": depth,
-            "num_classes": num_classes,
-            "output_stride": output_stride,
+            "depth": int(depth),
+            "num_classes": int(num_classes),
+            "output_stride": int(output_stride),
             "aux_head": aux_head,
-            "atrous_rates": None if atrous_rates is None else list(atrous_rates),
-            "multi_grid": None if multi_grid is None else list(multi_grid),
+            "atrous_rates": None if atrous_rates is None else [int(rate) for rate in atrous_rates],
+            "multi_grid": None if multi_grid is None else [int(factor) for factor in multi_grid],
             "first_block_dilation": first_block_dilation,
-            "in_channels": in_channels,
-            "dropout": dropout,
-            "width": width,
-            "layers": None if layers is None else list(layers),
+            "in_channels": int(in_channels),
+            "dropout": float(dropout),
+            "width": float(width),
+            "layers": layers,
         }
+        config = self.config
         self.backbone = ResNet(
             blocks,
-            output_stride=output_stride,
-            multi_grid=multi_grid,
+            output_stride=config["output_stride"],
+            multi_grid=config["multi_grid"],
             first_block_dilation=first_block_dilation,
-            in_channels=in_channels,
+            in_channels=config["in_channels"],
             width=width,
         )
         c4_channels, c5_channels = self.backbone.out_channels[2:]
-        channels = scale_channels(256, width)
-        rates = atrous_rates or ATROUS_RATES[output_stride]
-        self.classifier = DeepLabHead(c5_channels, channels, num_classes, rates, dropout)
-        self.aux_classifier = AuxHead(c4_channels, channels, num_classes, dropout) if aux_head else None
+        channels, classes = scale_channels(256, width), config["num_classes"]
+        rates = config["atrous_rates"] or ATROUS_RATES[output_stride]
+        self.classifier = DeepLabHead(c5_channels, channels, classes, rates, dropout)
+        self.aux_classifier = AuxHead(c4_channels, channels, classes, dropout) if aux_head else None
         self.upsample_argmax = UpsampleArgmax(kernels.upsample_argmax)
 
         if weights is not None:
@@ -221,13 +222,12 @@ class ResNetModel(nn.Module):
         """As ``torch.nn.Module.load_state_dict``, but a state dict that does not fit changes nothing.
 
         Raises:
-            CheckpointError: ``strict``, and keys or shapes differ.
+            CheckpointError: shapes or, if ``strict``, keys differ.
         """
-        if strict:
-            from fastdeeplab import checkpoint
+        from fastdeeplab import checkpoint
 
-            checkpoint.check_state_dict(self, state_dict)
-            state_dict = dict(state_dict)  # without torch's version, which would ask for num_batches_tracked
+        checkpoint.check_state_dict(self, state_dict, strict)
+        state_dict = dict(state_dict)  # without torch's version, which would ask for num_batches_tracked
         return super().load_state_dict(state_dict, strict, assign)
 
     def save(self, path: str | Path) -> None:
@@ -236,12 +236,12 @@ class ResNetModel(nn.Module):
 
         checkpoint.save(self, path)
 
-    @classmethod
-    def load(cls, path: str | Path, **overrides: Any) -> Self:
+    @staticmethod
+    def load(path: str | Path, **overrides: Any) -> "ResNetModel":
         """Build the model that a checkpoint holds, in eval mode; see ``fastdeeplab.checkpoint.load``."""
         from fastdeeplab import checkpoint
 
-        return checkpoint.load(path, **overrides)  # type: ignore[return-value]
+        return checkpoint.load(path, **overrides)
 
 
 def upsample_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -255,7 +255,7 @@ def _require(condition: bool, name: str, allowed: str, value: object) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 < value <= MAX_COUNT
 
 
 def _are_counts(values: object, length: int) -> bool:
@@ -263,4 +263,4 @@ def _are_counts(values: object, length: int) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

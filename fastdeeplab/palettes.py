@@ -14,7 +14,6 @@ Color = tuple[int, int, int]
 class Palette:
     """Names and RGB colours of K classes, by class index; an overlay leaves the class `background` uncoloured."""
 
-    name: str
     classes: tuple[str, ...]
     colors: tuple[Color, ...]
     background: int | None = None
@@ -37,7 +36,6 @@ def voc_color(index: int) -> Color:
 def generated_palette(num_classes: int) -> Palette:
     """A palette for classes without names; VOC's colours from its first class on, so that none is black."""
     return Palette(
-        name="generated",
         classes=tuple(f"class {index}" for index in range(num_classes)),
         colors=tuple(voc_color(index + 1) for index in range(num_classes)),
     )
@@ -241,12 +239,12 @@ _ADE20K: tuple[tuple[str, Color], ...] = (
 )
 
 
-def _palette(name: str, rows: tuple[tuple[str, Color], ...]) -> Palette:
-    return Palette(name, tuple(row[0] for row in rows), tuple(row[1] for row in rows))
+def _palette(rows: tuple[tuple[str, Color], ...]) -> Palette:
+    return Palette(tuple(row[0] for row in rows), tuple(row[1] for row in rows))
 
 
 PALETTES = {
-    "voc": Palette("voc", _VOC_CLASSES, tuple(voc_color(index) for index in range(21)), background=0),
-    "cityscapes": _palette("cityscapes", _CITYSCAPES),
-    "ade20k": _palette("ade20k", _ADE20K),
+    "voc": Palette(_VOC_CLASSES, tuple(voc_color(index) for index in range(21)), background=0),
+    "cityscapes": _palette(_CITYSCAPES),
+    "ade20k": _palette(_ADE20K),
 }

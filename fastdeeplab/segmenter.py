@@ -23,6 +23,7 @@ from fastdeeplab.pictures import PictureError, read_picture, to_rgb
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_ENLARGED = 32 * 520 * 520  # pixels that a thin picture may be enlarged to; 1 x 300 would become 520 x 156000
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 Mask = NDArray[np.integer]
@@ -80,10 +81,10 @@ class Segmenter:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        if resize is not None and resize < 1:
-            raise ValueError(f"resize must be at least 1 or None, got {resize}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if resize is not None and not (isinstance(resize, int) and resize >= 1):
+            raise ValueError(f"resize must be an integer from 1 up or None, got {resize!r}")
+        if not (isinstance(batch_size, int) and batch_size >= 1):
+            raise ValueError(f"batch_size must be an integer from 1 up, got {batch_size!r}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std must be three values each, std above 0, got {mean} and {std}")
         self.model: Any = model if device is None else model.to(device)
@@ -152,21 +153,25 @@ class Segmenter:
             job.result.error = error
         except MemoryError:
             job.result.error = PictureError(f"{name}: not enough memory to preprocess it")
-        except (ValueError, OSError) as error:  # Pillow reads the file of a PIL image only here
+        except Exception as error:  # Pillow reads the file of a PIL image only here, and decoders raise anything
             job.result.error = PictureError(f"{name}: {error}")
         return job
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Turn an RGB image into the network's (3, H', W') fp32 input.
 
-        Raises ValueError if a long, thin image would be resized to more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        Raises ValueError if the image has no pixels, or is so long and thin that resizing would enlarge it to more than
+        `MAX_ENLARGED` pixels.
         """
+        if 0 in image.size:
+            raise ValueError(f"has no pixels: it is {image.width} x {image.height}")
         if self.resize is not None:
             short, long = sorted(image.size)
             resized_long = int(self.resize * long / short)
-            if self.resize * resized_long > (Image.MAX_IMAGE_PIXELS or float("inf")):
+            if self.resize * resized_long > max(short * long, MAX_ENLARGED):
                 raise ValueError(
-                    f"{image.width} x {image.height} pixels would be resized to {self.resize} x {resized_long}"
+                    f"is too thin: {image.width} x {image.height} pixels would be resized to "
+                    f"{self.resize} x {resized_long}; choose a smaller resize"
                 )
             landscape = image.width > image.height
             size = (resized_long, self.resize) if landscape else (self.resize, resized_long)

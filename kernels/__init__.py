@@ -13,7 +13,9 @@ from torch import Tensor
 from . import checks, library, ops
 from .choice import Choice, choose
 
-__all__ = ["Choice", "choose", "ops", "upsample_argmax", "upsample_cross_entropy"]
+FUNCTIONS = ("upsample_argmax", "upsample_cross_entropy")  # those that have a Triton kernel
+
+__all__ = ["FUNCTIONS", "Choice", "choose", "ops", "upsample_argmax", "upsample_cross_entropy"]
 
 
 def upsample_argmax(

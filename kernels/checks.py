@@ -46,6 +46,7 @@ def check_target(target: Tensor, logits: Tensor) -> None:
 
 def check_target_values(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Look at the values, which synchronises on a GPU."""
+    target = target.long()  # in uint8 an ignore_index of -1 would be 255
     counted = target[target != ignore_index]
     if counted.numel() and not (counted.min() >= 0 and counted.max() < num_classes):
         raise ValueError(

@@ -81,8 +81,9 @@ def _why_triton_can_not_compile() -> str | None:
     """Triton builds its launchers with a C compiler, and writes what it compiled to a cache directory."""
     from triton import knobs
 
-    if not (knobs.build.cc or shutil.which("clang") or shutil.which("gcc")):
-        return "Triton needs a C compiler and finds none: install gcc, or name one in CC"
+    compilers = [knobs.build.cc] if knobs.build.cc else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"Triton needs a C compiler and finds no {' or '.join(compilers)}: install one, or name it in CC"
     cache = Path(knobs.cache.dir)
     try:
         cache.mkdir(parents=True, exist_ok=True)

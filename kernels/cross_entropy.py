@@ -13,16 +13,16 @@ logits at output stride 8), so that neighbouring lanes read neighbouring cells; 
 
 One lane owns the pixels of one *chunk*: at most TILE_Y x TILE_X pixels that lie between the same four low-resolution
 logits (a cell; the border is a cell whose corners coincide). Per class it loads the four corners and interpolates in registers.
-The forward takes two turns over the classes, the maximum first and then the sum of exponentials: the exponentials
-take 8 issue slots of 32 lanes (16 per clock and multiprocessor), the multiplications, maximum, difference and sum of both turns 6, so the exact
-maximum costs nothing and no value of the logits can overflow or underflow the sum. The backward takes ``exp(v_c - lse)`` anew, once per
-pixel and class, adds up its chunk's share of the four corners in registers, and writes it to scratch; a second kernel adds, for
+The forward takes two turns over the classes, the maximum first and then the sum of exponentials. An exponential occupies
+its unit (16 lanes per clock and multiprocessor) for as long as 8 other instructions take to issue, and a pixel and class has 9.1 in
+both turns together: the exact maximum costs next to nothing, and no value of the logits can overflow or underflow the sum. The
+backward takes ``exp(v_c - lse)`` anew, once per pixel and class (9.3 instructions), adds up its chunk's share of the four corners in registers, and writes it to scratch; a second kernel adds, for
 each low-resolution logit, the shares of the chunks round it in a fixed order. So it is deterministic and without atomics. A gather per
 low-resolution pixel would need no scratch, but each pixel has four of them: four times the exponentials.
 The scratch holds the shares of as many classes as fit in SCRATCH_BYTES, and the classes are worked off in such slabs.
 
 Exponentials for 16 pictures of 512x512, forward and backward together: 2 x 88 M at K = 21, 2 x 629 M at K = 150; at 3.7 T/s
-(H200) 48 us and 340 us. Bytes, at most: the logits three times, ``lse`` and target twice, the shares twice.
+(H200) 48 us and 340 us, and the instructions 55 us and 390 us. Bytes, at most: the logits three times, ``lse`` and target twice, the shares twice.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ from torch import Tensor
 
 BLOCK = 128  # chunks of a program: one for each lane of 4 warps
 MAX_TILE_Y, MAX_TILE_X = 4, 8  # 32 pixels of a lane: what fits in registers beside their maximum, sum and target
+FORWARD_REGISTERS = 168  # three blocks on a multiprocessor; left to itself, ptxas aims at 128 and spills a few
 BLOCK_P, BLOCK_K = 64, 16  # low-resolution pixels and classes of a program of the second backward kernel
 SCRATCH_BYTES = 64 << 20
 
@@ -248,9 +249,7 @@ def corner_shares_kernel(
     counts = target >= 0
     # Infinity makes the probabilities of a pixel that does not count 0.
     lse = load_pixels(lse_ptr, offs, counts, float("inf"))
-    own = target.to(
-        tl.float32
-    )  # compared as floats, one comparison per class: of integers the compiler makes four instructions
+    own = target.to(tl.float32)  # as a float it is compared in one instruction per class, as an integer in four
 
     if weight_ptr is not None:
         factor = (1 - label_smoothing) * load_pixels(weight_ptr, target, counts, 0.0)
@@ -359,7 +358,7 @@ def cross_entropy_forward(
                 logits, target, _contiguous(weight), lse, sums,
                 *logits.shape[1:], *target.shape[1:],
                 ignore_index=ignore_index, label_smoothing=label_smoothing, SMOOTH=label_smoothing > 0,
-                **tiles,
+                **tiles, maxnreg=FORWARD_REGISTERS,
             )  # fmt: skip
     loss, total_weight = (partial.sum(dtype=torch.float64).float() for partial in sums)
     return loss, total_weight, lse

@@ -57,12 +57,15 @@ def test_fault_18_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_capable_gpu")
 def test_fault_18_no_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == "/opt/bin/cc" else None)
     monkeypatch.delenv("CC", raising=False)
-    assert "C compiler" in str(choice.why_not(GPU, torch.float16))
+    assert "finds no gcc or clang" in str(choice.why_not(GPU, torch.float16))
     monkeypatch.setenv("CC", "/opt/bin/cc")
     choice.why_not.cache_clear()
     assert choice.why_not(GPU, torch.float16) is None
+    monkeypatch.setenv("CC", "/no/such/cc")
+    choice.why_not.cache_clear()
+    assert "finds no /no/such/cc" in str(choice.why_not(GPU, torch.float16))
 
 
 @pytest.mark.usefixtures("_capable_gpu")

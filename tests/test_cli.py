@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 import fastdeeplab as fdl
 from fastdeeplab import cli, pictures
+from fastdeeplab.kernels.choice import why_not
 from fastdeeplab.palettes import PALETTES
 from fastdeeplab.segmenter import Segmenter
 
@@ -488,7 +490,10 @@ def test_fault_18_info_without_triton() -> None:
 def test_fault_18_info_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "no: this PyTorch is built without CUDA" in info()
+    lines = info()
+    assert "no: this PyTorch is built without CUDA" in lines
+    for function in ("upsample_argmax", "upsample_cross_entropy"):
+        assert any(f"kernel {function}" in line and "no, PyTorch instead: " in line for line in lines.splitlines())
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "no: PyTorch finds no NVIDIA GPU and driver" in info()
 
@@ -500,16 +505,20 @@ def test_fault_18_info_on_an_old_gpu_and_without_a_compiler(monkeypatch: pytest.
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: Properties.name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    why_not.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     lines = info()
     assert "Tesla T4, compute capability 7.5, 15 GiB" in lines
-    assert "no: they need a GPU of compute capability 8.0 or above" in lines
+    assert "Tesla T4 has compute capability 7.5, the kernels need 8.0" in lines
 
+    why_not.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(cli.shutil, "which", lambda _: None)
-    monkeypatch.setattr(cli, "_version", lambda package: "1.0")
-    assert "no: Triton needs a C compiler" in info()
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert "Triton needs a C compiler" in info()
+    why_not.cache_clear()
 
 
 def test_info_finds_published_weights_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,11 +120,35 @@ def test_fault_14_target_of_the_wrong_type_or_shape(target: Tensor, message: str
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"aux_weight": -0.1}, {"aux_weight": float("nan")}, {"label_smoothing": 1.1}, {"weight": torch.ones(2, 2)}],
+    [
+        {"aux_weight": -0.1},
+        {"aux_weight": float("nan")},
+        {"aux_weight": float("inf")},
+        {"weight": [1.0, 2.0]},
+        {"label_smoothing": 1.1},
+        {"weight": torch.ones(2, 2)},
+    ],
 )
 def test_wrong_arguments(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
         fdl.SegmentationLoss(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("ignore_index", "stray"), [(-1, 255), (-100, 156), (300, 44)])
+def test_fault_14_ignore_index_that_uint8_can_not_hold(ignore_index: int, stray: int) -> None:
+    outputs, target = example()
+    target = torch.zeros_like(target, dtype=torch.uint8)
+    criterion = fdl.SegmentationLoss(ignore_index=ignore_index)
+    assert criterion(outputs, target).isfinite()
+    target[0, 3, 4] = stray
+    with pytest.raises(ValueError, match="target must be in"):
+        criterion(outputs, target)
+
+
+@pytest.mark.parametrize("size", [(3, 41), (29, 5)])
+def test_a_target_smaller_than_the_logits(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="logits must be no larger than the target's"):
+        fdl.SegmentationLoss()(example()[0], torch.zeros(2, *size, dtype=torch.int64))
 
 
 def test_weight_of_another_number_of_classes() -> None:

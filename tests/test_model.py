@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdeeplab as fdl
+from fastdeeplab.model import upsample_logits
 
 SIZES = ((33, 47), (65, 97), (224, 160))
 
@@ -53,14 +54,18 @@ def test_training_equals_torchvision(twins: tuple[fdl.ResNetModel, nn.Module], s
     ours.load_state_dict(theirs.state_dict())
 
 
-def test_torchvision_loads_our_state_dict() -> None:
-    ours = fdl.ResNetModel(50)
+@pytest.mark.parametrize("depth", [50, 101, 152])
+def test_torchvision_loads_our_state_dict(depth: int) -> None:
+    ours = fdl.ResNetModel(depth)
     randomise_batch_norm(ours)
-    theirs = torchvision_model(50)
+    theirs = torchvision_model(depth)
     theirs.load_state_dict(ours.state_dict())
-    images = torch.randn(1, 3, 65, 65)
+    images = torch.randn(2, 3, 33, 47)
     with torch.no_grad():
         assert relative_error(ours.eval()(images)["out"], theirs.eval()(images)["out"]) < 1e-5
+        expected = theirs(images)["aux"]
+        aux = ours.aux_classifier(ours.backbone(images)[0])
+        assert relative_error(upsample_logits(aux, (33, 47)), expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -277,6 +282,10 @@ def test_config_rebuilds_the_model() -> None:
     [
         ({"depth": 34}, "50, 101 or 152"),
         ({"depth": [50]}, "50, 101 or 152"),
+        ({"depth": 50.0}, "50, 101 or 152"),
+        ({"atrous_rates": (6, 12, 2**70)}, "3 positive integers"),
+        ({"width": 1e308}, "positive number up to 64"),
+        ({"weights": "imagnet"}, '"torchvision", "imagenet", the path of a file'),
         ({"num_classes": 0}, "positive integer"),
         ({"num_classes": 2.5}, "positive integer"),
         ({"output_stride": 32}, "8 or 16"),
@@ -314,6 +323,21 @@ def test_a_state_dict_of_an_older_torch_loads() -> None:
         del state_dict[key]
     model.load_state_dict(state_dict)
     assert torch.equal(model.backbone.conv1.weight, state_dict["backbone.conv1.weight"])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_dict_that_does_not_fit_changes_nothing(strict: bool) -> None:
+    model = small_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(fdl.CheckpointError, match=r"classifier\.4\.weight"):
+        model.load_state_dict(small_model(num_classes=5).state_dict(), strict=strict)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_part_of_a_state_dict_loads_where_that_is_asked_for() -> None:
+    model, other = small_model(), small_model()
+    model.load_state_dict({"backbone.conv1.weight": other.backbone.conv1.weight, "more": torch.ones(1)}, strict=False)
+    assert torch.equal(model.backbone.conv1.weight, other.backbone.conv1.weight)
 
 
 @pytest.mark.parametrize(

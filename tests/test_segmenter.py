@@ -187,8 +187,14 @@ def test_fault_17_a_pil_image_whose_file_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_fault_17_a_thin_picture_that_resizing_would_blow_up() -> None:
-    with pytest.raises(PictureError, match="picture 1: 2 x 40000 pixels would be resized to 520 x 10400000"):
-        Segmenter(Primaries())(Image.new("RGB", (2, 40000)))
+    with pytest.raises(PictureError, match="picture 1: is too thin: 2 x 400 pixels would be resized to 520 x 104000"):
+        Segmenter(Primaries())(Image.new("RGB", (2, 400)))
+    assert Segmenter(Primaries(), resize=2)(Image.new("RGB", (2, 400))).shape == (400, 2)
+
+
+def test_fault_17_an_image_without_pixels() -> None:
+    with pytest.raises(PictureError, match="picture 1: has no pixels: it is 0 x 5"):
+        Segmenter(Primaries())(Image.new("RGB", (0, 5)))
 
 
 class Small(Primaries):
@@ -289,8 +295,8 @@ def test_seconds_are_counted_by_stage() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"resize": 0}, "resize must be at least 1 or None, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"resize": 0}, "resize must be an integer from 1 up or None, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer from 1 up, got 0"),
         ({"mean": (0.5,)}, "mean and std must be three values each"),
         ({"std": (1, 1, 0)}, "mean and std must be three values each, std above 0"),
     ],

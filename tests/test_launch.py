@@ -1,0 +1,189 @@
+"""Launching the kernels: threads, forks, streams, graphs, devices, grids and sizes beyond 2^31."""
+
+import os
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from accuracy import assert_argmax
+from fastdeeplab.kernels import library, reference
+from fastdeeplab.kernels.measure import relative_error
+from torch import Tensor
+
+from fastdeeplab import kernels
+
+
+def sample(device: torch.device, K: int = 5, low: tuple[int, int] = (2, 3), scale: int = 4) -> tuple[Tensor, Tensor]:
+    size = (low[0] * scale, low[1] * scale)
+    return torch.randn(2, K, *low, device=device), torch.randint(K, (2, *size), device=device)
+
+
+def argmax(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    return (kernels.upsample_argmax(logits, target.shape[1:], impl="triton"),)
+
+
+def loss_and_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    leaf = logits.detach().requires_grad_()
+    loss = kernels.upsample_cross_entropy(leaf, target, impl="triton")
+    return loss.detach(), *torch.autograd.grad(loss, leaf)
+
+
+Function = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+FUNCTIONS = [argmax, loss_and_gradient]
+
+
+def equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+@pytest.mark.gpu  # the interpreter is for one thread
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_fault_08_two_threads(function: Function, device: torch.device) -> None:
+    """Of a size that nothing has used before, so that both find the cache of compiled kernels cold."""
+    logits, target = sample(device, K=3, scale=5)
+    results: list[tuple[Tensor, ...]] = []
+    barrier = threading.Barrier(2)
+
+    def work() -> None:
+        barrier.wait()
+        results.append(function(logits, target))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2
+    assert equal(results[0], results[1])
+    assert equal(results[0], function(logits, target))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA can't be used in a forked process once it is initialised")
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_fault_08_fork_after_import(function: Function) -> None:
+    logits, target = sample(torch.device("cpu"))
+    expected = function(logits, target)
+    child = os.fork()
+    if child == 0:  # leaves without pytest's clean-up, whatever happens
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            status = 0 if equal(function(logits, target), expected) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_fault_08_side_stream(function: Function, device: torch.device) -> None:
+    logits, target = sample(device, K=21, low=(64, 64), scale=8)
+    expected = function(logits, target)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # cycles; a launch on another stream would not wait for this copy
+        late = torch.empty_like(logits).copy_(logits)
+        actual = function(late, target)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    assert equal(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_fault_08_first_call_inside_a_graph_capture(function: Function, device: torch.device) -> None:
+    """Compiling while a graph is captured must neither break the capture nor end up in the graph."""
+    logits, target = sample(device, K=7, low=(33, 33), scale=9)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = function(logits, target)
+    logits.copy_(torch.randn_like(logits))
+    graph.replay()
+    torch.cuda.synchronize(device)
+    assert equal(captured, function(logits, target))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_fault_07_tensors_on_the_device_that_is_not_current(function: Function, device: torch.device) -> None:
+    logits, target = sample(device, K=21, low=(16, 16), scale=8)
+    assert torch.cuda.current_device() == 0
+    actual = function(logits.to("cuda:1"), target.to("cuda:1"))
+    assert all(tensor.device.index == 1 for tensor in actual)
+    assert equal(tuple(tensor.to(device) for tensor in actual), function(logits, target))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_fault_11_fp32_is_not_done_in_tf32(impl: str, device: torch.device) -> None:
+    """PyTorch's default asks for full fp32: TF32 would be off by 3e-4."""
+    logits, target = sample(device, K=4)
+    leaf, exact_leaf = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    kernels.upsample_cross_entropy(leaf, target, impl=impl).backward()
+    reference.upsample_cross_entropy(exact_leaf, target).backward()
+    assert leaf.grad is not None
+    assert exact_leaf.grad is not None
+    assert relative_error(leaf.grad, exact_leaf.grad) < 2e-6
+
+
+@pytest.mark.gpu
+def test_fault_01_more_than_2_31_full_size_logits(device: torch.device) -> None:
+    """Compared picture by picture, since PyTorch's own bilinear is wrong above 2^31 outputs (fault 2)."""
+    logits = torch.randn(8, 150, 128, 256, device=device)
+    target = torch.randint(150, (8, 1024, 2048), device=device)
+    index = kernels.upsample_argmax(logits, (1024, 2048), dtype=torch.uint8, impl="triton")
+    leaf = logits.clone().requires_grad_()
+    loss = kernels.upsample_cross_entropy(leaf, target, reduction="sum", impl="triton")
+    loss.backward()
+    losses = 0.0
+    for picture in range(8):
+        one = slice(picture, picture + 1)
+        assert_argmax(index[one], logits[one], (1024, 2048))
+        exact_leaf = logits[one].double().requires_grad_()
+        exact = reference.upsample_cross_entropy(exact_leaf, target[one], reduction="sum")
+        exact.backward()
+        losses += float(exact)
+        assert relative_error(leaf.grad[one], exact_leaf.grad) < 2e-6
+    assert float(loss) == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.mark.gpu
+def test_fault_02_more_than_2_31_pixels(device: torch.device) -> None:
+    """The last rows of a mask of 2.15e9 pixels, against those rows interpolated alone."""
+    logits, size = torch.randn(1, 3, 60, 50, device=device), (50_000, 43_000)
+    index = kernels.upsample_argmax(logits, size, dtype=torch.uint8, impl="triton")
+    for rows in (slice(0, 16), slice(24_990, 25_010), slice(49_984, 50_000)):
+        source_rows = slice(library._lower(60, size[0], rows.start), 60)
+        values = library._Chunk(slice(0, 1), rows, source_rows, size).upsample(logits).double()
+        shortfall = values.amax(-1) - values.gather(-1, index[:, rows, :, None].long())[..., 0]
+        assert float(shortfall.max()) < 1e-4
+
+
+@pytest.mark.gpu
+def test_fault_03_more_programs_than_65535(device: torch.device) -> None:
+    """A grid's y and z end there, its x does not."""
+    logits = torch.randn(70_000, 2, 1, 1, device=device)
+    expected = logits[:, :, 0, 0].argmax(1)[:, None, None].expand(-1, 2, 2)
+    assert torch.equal(kernels.upsample_argmax(logits, (2, 2), impl="triton"), expected)
+    target = torch.zeros(70_000, 2, 2, dtype=torch.int64, device=device)
+    loss = kernels.upsample_cross_entropy(logits, target, impl="triton")
+    exact = reference.upsample_cross_entropy(logits.double(), target)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+def test_fault_14_a_stray_target_on_a_gpu(device: torch.device) -> None:
+    """A NaN loss without waiting for the GPU; with check_target a ValueError; the process goes on."""
+    logits, target = sample(device, K=5, low=(16, 16), scale=8)
+    target[0, 3, 4] = 99
+    for impl in ("triton", "torch"):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = kernels.upsample_cross_entropy(logits, target, impl=impl)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert loss.isnan()
+        with pytest.raises(ValueError, match=r"target must be in \[0, 5\)"):
+            kernels.upsample_cross_entropy(logits, target, check_target=True, impl=impl)
+    torch.cuda.synchronize(device)
