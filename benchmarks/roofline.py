@@ -27,11 +27,12 @@ class GPU:
 # By a part of the name that the driver gives. The bandwidth was measured with PyTorch; the clock is one under load.
 GPUS = {"H200": GPU(bandwidth=4.3e12, multiprocessors=132, clock=1.75e9)}
 
-# Per output pixel and class. Counts that a good kernel reaches, not proofs: interpolation along a row costs one
-# multiply-add, the running maximum a comparison and two selections; a loss interpolates, subtracts and adds up in the
-# forward, and again in the backward, which then shares the gradient out to four corners.
-ARGMAX_INSTRUCTIONS = 4
-CROSS_ENTROPY_INSTRUCTIONS = 25
+# Per output pixel and class, in full-rate instructions. Counts that a good kernel reaches, not proofs. The running
+# maximum takes a comparison, a maximum and a selection, which run at half rate, so six; interpolation runs beside them.
+# A loss interpolates, subtracts and adds up in the forward, and again in the backward, which then shares the gradient
+# out to four corners.
+ARGMAX_INSTRUCTIONS = 6
+CROSS_ENTROPY_INSTRUCTIONS = 18
 CROSS_ENTROPY_EXPONENTIALS = 2  # one forward, one backward: the backward computes the probabilities anew
 
 

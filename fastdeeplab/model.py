@@ -255,7 +255,7 @@ def _require(condition: bool, name: str, allowed: str, value: object) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and 0 < value <= MAX_COUNT
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 < int(value) <= MAX_COUNT
 
 
 def _are_counts(values: object, length: int) -> bool:

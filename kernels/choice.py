@@ -19,7 +19,7 @@ class Choice(NamedTuple):
     why: str
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(function: str, impl: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """Choose how ``function`` runs on tensors of this device and dtype when ``impl`` is asked for.
 

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 import triton
-from fastdeeplab.kernels import argmax
+from fastdeeplab.kernels import argmax, cross_entropy
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -41,7 +42,9 @@ class Case:
     choice: str
     dtypes: str
     launch: Callable[[], object]  # calls the launcher; each Triton kernel that it launches makes one row
-    unit: str  # an opcode that the inner loop issues once per thread, pixel and class: what instructions are counted by
+    # By Triton kernel, for each of its loops over the classes an opcode that is issued once per pixel and class: what
+    # instructions are counted by.
+    units: dict[str, tuple[str, ...]]
     demands: tuple[str, ...] = ()  # regular expressions that some instruction must match
     architectures: tuple[int, ...] = tuple(SHARED_LIMITS)
 
@@ -57,12 +60,38 @@ def argmax_cases() -> Iterator[Case]:
             choice=f"{tile.rows}x{tile.columns}",
             dtypes=f"{dtype} -> {index}".replace("torch.", ""),
             launch=partial(argmax.upsample_argmax, logits, (128, 256), index, tile=tile),
-            unit="FMNMX.NAN",
+            units={"upsample_argmax_kernel": ("FMNMX.NAN",)},
             demands=(indices[index],) if tile.columns == 4 else (),
         )
 
 
-CASES = (argmax_cases,)
+def cross_entropy_cases() -> Iterator[Case]:
+    """Forward and backward at ratios that give every size of chunk, and at one that is no whole number."""
+    sizes = {"8x": (16, 128), "16x": (16, 256), "7.9x": (65, 513), "2x": (16, 32), "1x": (16, 16)}
+    options = {"plain": (False, 0.0), "weighted, smoothed": (True, 0.1)}
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    for (ratio, (low, full)), dtype, (name, (weighted, smoothing)) in product(sizes.items(), dtypes, options.items()):
+        if ratio != "8x" and (weighted or dtype != torch.bfloat16):
+            continue
+        logits = torch.empty(1, 19, low, low, dtype=dtype)
+        target = torch.empty(1, full, full, dtype=torch.int64)
+        arguments = (logits, target, torch.empty(19) if weighted else None, 255, smoothing)
+        grad, lse = torch.empty(()), torch.empty(1, full, full)
+
+        def launch(arguments: tuple[Any, ...] = arguments, grad: Tensor = grad, lse: Tensor = lse) -> None:
+            cross_entropy.cross_entropy_forward(*arguments)
+            cross_entropy.cross_entropy_backward(grad, lse, *arguments)
+
+        yield Case(
+            kernel="upsample_cross_entropy",
+            choice=f"{ratio} {name}",
+            dtypes=str(dtype).removeprefix("torch."),
+            launch=launch,
+            units={"cross_entropy_kernel": ("FMNMX", "MUFU.EX2"), "corner_shares_kernel": ("MUFU.EX2",)},
+        )
+
+
+CASES = (argmax_cases, cross_entropy_cases)
 
 
 class StubDriver:
@@ -140,8 +169,11 @@ class Machine:
     def count(self, opcode: str, start: int = 0, stop: int = sys.maxsize) -> int:
         return sum(start <= address <= stop and text.startswith(opcode) for address, text in self.instructions)
 
+    def per_pixel_and_class(self, units: tuple[str, ...]) -> float:
+        """For each unit the instructions per unit in the loop that has the most of it, summed."""
+        return sum(map(self.per_unit, units))
+
     def per_unit(self, unit: str) -> float:
-        """Instructions per `unit`, in the loop that has the most of them."""
         backward = [
             (int(target[1], 16), address)
             for address, text in self.instructions
@@ -150,13 +182,14 @@ class Machine:
         start, stop = max(backward, key=lambda loop: self.count(unit, *loop), default=(0, sys.maxsize))
         return self.count("", start, stop) / max(self.count(unit, start, stop), 1)
 
-    def faults(self, case: Case, architecture: int) -> Iterator[str]:
+    def faults(self, case: Case, units: tuple[str, ...], architecture: int) -> Iterator[str]:
         if self.stack or self.count("STL") or self.count("LDL"):
             yield f"{self.stack} bytes of stack, {self.count('STL')} STL and {self.count('LDL')} LDL"
         if self.shared > SHARED_LIMITS[architecture] * 1024:
             yield f"{self.shared} bytes of shared memory, limit {SHARED_LIMITS[architecture]} KiB"
-        if not self.count(case.unit):
-            yield f"no {case.unit} to count by"
+        for unit in units:
+            if not self.count(unit):
+                yield f"no {unit} to count by"
         for demand in case.demands:
             if not any(re.match(demand, text) for _, text in self.instructions):
                 yield f"no instruction matches {demand}"
@@ -171,7 +204,7 @@ def main() -> int:
         parser.error("TRITON_INTERPRET must be unset: the interpreter's kernels cannot be compiled")
 
     print(f"triton {triton.__version__}, torch {torch.__version__}")
-    layout = "{:26} {:8} {:18} {:7} {:>9} {:>6} {:>7} {:>12} {:>20}  {}".format
+    layout = "{:22} {:24} {:18} {:7} {:>9} {:>6} {:>7} {:>12} {:>20}  {}".format
     columns = "kernel", "choice", "dtypes", "arch", "registers", "stack", "shared"
     print(layout(*columns, "instructions", "per pixel and class", "faults"))
     failed = False
@@ -181,12 +214,12 @@ def main() -> int:
                 case.launch()
             for kernel in compiled:
                 machine = Machine.read(kernel)
-                faults = "; ".join(machine.faults(case, architecture))
+                units = case.units.get(kernel.metadata.name, ())
+                faults = "; ".join(machine.faults(case, units, architecture))
                 failed |= bool(faults)
-                name = case.kernel if len(compiled) == 1 else f"{case.kernel}/{kernel.metadata.name}"
                 print(
                     layout(
-                        name,
+                        kernel.metadata.name,
                         case.choice,
                         case.dtypes,
                         f"sm_{architecture}",
@@ -194,7 +227,7 @@ def main() -> int:
                         machine.stack,
                         machine.shared,
                         machine.count(""),
-                        f"{machine.per_unit(case.unit):.2f}",
+                        f"{machine.per_pixel_and_class(units):.2f}" if units else "-",
                         faults or "-",
                     ),
                     flush=True,

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from accuracy import assert_argmax, interpolate
 from fastdeeplab.kernels import argmax
 from fastdeeplab.kernels.argmax import TILES, choose_tile, upsample_argmax
+from fastdeeplab.kernels.measure import peak_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +17,7 @@ FLOATS = (torch.float32, torch.float16)
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("K", [1, 2, 19, 21, 150, 171, 255, 256, 1000])
-def test_any_number_of_classes(K: int, dtype: torch.dtype, device: torch.device) -> None:
+def test_fault_12_any_number_of_classes(K: int, dtype: torch.dtype, device: torch.device) -> None:
     logits = torch.randn(2, K, 3, 4, device=device).to(dtype)
     assert_argmax(upsample_argmax(logits, (24, 32), torch.int64, tile=LARGE), logits, (24, 32))
 
@@ -38,12 +39,14 @@ def test_any_number_of_classes(K: int, dtype: torch.dtype, device: torch.device)
         pytest.param((2, 3), (1, 1), id="to one pixel"),
     ],
 )
-def test_any_size(low: tuple[int, int], high: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+def test_fault_13_any_size(
+    low: tuple[int, int], high: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
     logits = torch.randn(1, 3, *low, device=device).to(dtype)
     assert_argmax(upsample_argmax(logits, high, torch.int64, tile=LARGE), logits, high)
 
 
-def test_positions_above_int32(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_01_positions_above_int32(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a cell begins is a quotient whose dividend, 2 * 16384 * 65600, does not fit into int32."""
     if device.type == "cpu":
         monkeypatch.setattr(argmax, "BLOCK", 4096)  # few programs for the interpreter
@@ -69,7 +72,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(layout: str, device: torch.device) -> None:
+def test_fault_05_any_strides(layout: str, device: torch.device) -> None:
     contiguous = torch.randn(2, 5, 4, 6, device=device)
     logits = LAYOUTS[layout](contiguous)
     assert torch.equal(logits, contiguous)
@@ -78,14 +81,14 @@ def test_any_strides(layout: str, device: torch.device) -> None:
     assert torch.equal(index, upsample_argmax(contiguous, (32, 48), torch.int64, tile=LARGE))
 
 
-def test_expanded_inputs(device: torch.device) -> None:
+def test_fault_05_expanded_inputs(device: torch.device) -> None:
     picture = torch.randn(1, 5, 3, 3, device=device)
     index = upsample_argmax(picture.expand(4, -1, -1, -1), (24, 24), torch.int64, tile=LARGE)
     assert torch.equal(index, upsample_argmax(picture, (24, 24), torch.int64, tile=LARGE).expand(4, -1, -1))
     assert not upsample_argmax(picture[:, :1].expand(1, 9, 3, 3), (24, 24), torch.int64, tile=LARGE).any()
 
 
-def test_size_one_dimensions_with_odd_strides(device: torch.device) -> None:
+def test_fault_05_size_one_dimensions_with_odd_strides(device: torch.device) -> None:
     values = torch.randn(7, device=device)
     logits = values.as_strided((1, 7, 1, 1), (12345, 1, 999, 31))
     index = upsample_argmax(logits, (8, 8), torch.int64, tile=LARGE)
@@ -98,7 +101,7 @@ def test_nothing_past_the_last_class_is_read(device: torch.device) -> None:
     assert not upsample_argmax(logits, (24, 24), torch.int64, tile=LARGE).any()
 
 
-def test_strides_above_int32(device: torch.device) -> None:
+def test_fault_01_strides_above_int32(device: torch.device) -> None:
     """Classes 2^31 elements apart; only the pages that hold logits are touched."""
     buffer = torch.empty(2**31 + 2**10, dtype=torch.float16, device=device)
     logits = buffer.as_strided((1, 2, 4, 4), (1, 2**31, 4, 1))
@@ -132,7 +135,7 @@ def test_zeros_of_either_sign_are_equal(device: torch.device) -> None:
     [(float("nan"),), (float("inf"),), (-float("inf"),), (float("nan"), float("inf"), -float("inf"))],
     ids=str,
 )
-def test_nan_and_infinity(specials: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> None:
+def test_fault_10_nan_and_infinity(specials: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> None:
     """NaN is the maximum and the first one wins, as in torch.argmax; 0 * inf is NaN, as in torch's interpolation."""
     logits = exact_logits(9, device)
     for special in specials:
@@ -143,7 +146,7 @@ def test_nan_and_infinity(specials: tuple[float, ...], dtype: torch.dtype, devic
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_picture_of_nothing_else(value: float, device: torch.device) -> None:
+def test_fault_10_a_picture_of_nothing_else(value: float, device: torch.device) -> None:
     logits = torch.full((1, 5, 3, 3), value, device=device)
     assert not upsample_argmax(logits, (24, 20), torch.int64, tile=LARGE).any()
 
@@ -159,12 +162,12 @@ def test_index_dtypes(dtype: torch.dtype, K: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 3)])
-def test_empty_batch(shape: tuple[int, ...], device: torch.device) -> None:
+def test_fault_12_empty_batch(shape: tuple[int, ...], device: torch.device) -> None:
     index = upsample_argmax(torch.randn(shape, device=device), (24, 16), torch.uint8)
     assert (index.shape, index.dtype) == ((0, 24, 16), torch.uint8)
 
 
-def test_too_many_programs(device: torch.device) -> None:
+def test_fault_04_more_programs_than_a_launch_can_have(device: torch.device) -> None:
     with pytest.raises(ValueError, match="more programs than a launch can have"):
         upsample_argmax(torch.zeros(1, device=device).expand(1, 1, 50_000, 50_000), (1, 1), torch.int64)
 
@@ -248,3 +251,11 @@ def test_real_sizes(
     index = upsample_argmax(logits, size, torch.uint8)
     for i in range(shape[0]):
         assert_argmax(index[i : i + 1], logits[i : i + 1], size)
+
+
+@pytest.mark.gpu
+def test_peak_memory(device: torch.device) -> None:
+    """The mask and nothing else: full-size logits would be 1.26 GB."""
+    logits = torch.randn(8, 150, 64, 64, device=device)
+    used = peak_memory(lambda: upsample_argmax(logits, (512, 512), torch.uint8), device)
+    assert used <= 8 * 512 * 512 + 2**20

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastdeeplab.kernels.choice import why_not
 from networks import randomise_batch_norm, small_model
 from PIL import Image
 from torch import Tensor
@@ -20,7 +21,6 @@ from typer.testing import CliRunner
 
 import fastdeeplab as fdl
 from fastdeeplab import cli, pictures
-from fastdeeplab.kernels.choice import why_not
 from fastdeeplab.palettes import PALETTES
 from fastdeeplab.segmenter import Segmenter
 

@@ -1,0 +1,76 @@
+"""explain() says what runs, and the module flags do what they say."""
+
+import pytest
+import torch
+from fastdeeplab.kernels import library
+from fastdeeplab.kernels.measure import peak_memory
+from networks import small_model
+
+import fastdeeplab as fdl
+from fastdeeplab import kernels
+
+
+def test_a_model_and_a_loss_on_a_cpu() -> None:
+    lines = fdl.explain(small_model()).splitlines()
+    assert lines[0].split() == ["module", "function", "runs", "because"]
+    assert lines[1].split(maxsplit=3)[:3] == ["upsample_argmax", "upsample_argmax", "torch"]
+    both = torch.nn.ModuleDict({"model": small_model(), "loss": fdl.SegmentationLoss()})
+    assert [line.split()[0] for line in fdl.explain(both).splitlines()[1:]] == ["model.upsample_argmax", "loss"]
+
+
+def test_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "as asked for" in fdl.explain(small_model(kernels="torch"))
+    double = fdl.explain(small_model(kernels=fdl.Kernels(upsample_argmax="triton")).double())
+    assert "nothing" in double
+    assert "float64 is not one of" in double
+    monkeypatch.setenv("FASTDEEPLAB_KERNELS", "torch")
+    assert "FASTDEEPLAB_KERNELS=torch" in fdl.explain(small_model())
+
+
+def test_a_loss_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch, "empty", lambda *_, device: torch.zeros(0, device="meta" if device == "cuda" else device)
+    )
+    assert "the tensors are on meta" in fdl.explain(fdl.SegmentationLoss())
+
+
+def test_every_flag_reaches_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def choose(function: str, impl: str, device: torch.device, dtype: torch.dtype) -> kernels.Choice:
+        asked.append((function, impl))
+        return kernels.Choice("torch", "for this test")
+
+    monkeypatch.setattr(kernels, "choose", choose)
+    for kernel in ("auto", "torch", "triton"):
+        model = small_model(kernels=fdl.Kernels(upsample_argmax=kernel)).eval()
+        images = torch.randn(1, 3, 17, 17)
+        model.predict(images)
+        fdl.SegmentationLoss(kernel=kernel)(model.logits(images), torch.zeros(1, 17, 17, dtype=torch.uint8))
+        assert asked[-2:] == [("upsample_argmax", kernel), ("upsample_cross_entropy", kernel)]
+
+
+def test_one_value_for_all() -> None:
+    assert small_model(kernels="torch").upsample_argmax.kernel == "torch"
+    assert small_model().upsample_argmax.kernel == "auto"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"upsample_argmax": "cuda"}, {"upsample_cross_entropy": None}, {"conv_bn_relu": "fast"}, {"aspp": "triton"}],
+)
+def test_a_wrong_kernel_is_a_value_error(arguments: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
+        fdl.Kernels(**arguments)
+    with pytest.raises(ValueError, match="kernel must be"):
+        fdl.SegmentationLoss(kernel="cuda")
+
+
+def test_predict_never_holds_full_size_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1000 classes of 65x65 pixels, in chunks of a few rows."""
+    monkeypatch.setitem(library.CHUNK_ELEMENTS, "cpu", 1 << 18)
+    model = small_model(num_classes=1000).eval()
+    logits = model.logits(torch.randn(1, 3, 65, 65))["out"].detach()
+    used = peak_memory(lambda: model.upsample_argmax(logits, (65, 65)), logits.device)
+    assert used < 1000 * 65 * 65 * 4 / 2
