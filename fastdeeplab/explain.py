@@ -9,9 +9,9 @@ from fastdeeplab.kernels import choose
 def explain(module: nn.Module) -> str:
     """Say for every module with a ``kernel`` flag which implementation runs and why.
 
-    The answer is for inputs of the device and dtype of the module's parameters; a module without any, such as a loss, is
-    explained for fp32 on the GPU that there is, or else the CPU. A flag that can't be followed is shown with the reason;
-    calling the module raises it.
+    The answer is for inputs of the device and dtype of the module's parameters; a module without any, such as a loss,
+    is explained for fp32 on the GPU that there is, or else the CPU. A flag that can't be followed is shown with the
+    reason; calling the module raises it.
 
     Args:
         module: a ``ResNetModel``, a ``SegmentationLoss``, or any module that holds some.
@@ -20,14 +20,14 @@ def explain(module: nn.Module) -> str:
         A table as text: the module's name, its function, the implementation, the reason.
     """
     tensors = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
-    tensor = next(tensors, None)
-    if tensor is None:
-        tensor = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32
+    if (tensor := next(tensors, None)) is not None:
+        device, dtype = tensor.device, tensor.dtype
     rows = [("module", "function", "runs", "because")]
     for name, part in module.named_modules():
         if hasattr(part, "kernel") and hasattr(part, "kernel_function"):
             try:
-                runs, why = choose(part.kernel_function, part.kernel, tensor.device, tensor.dtype)
+                runs, why = choose(part.kernel_function, part.kernel, device, dtype)
             except RuntimeError as error:
                 runs, why = "nothing", str(error)
             rows.append((name or type(part).__name__, part.kernel_function, runs, why))

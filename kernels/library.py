@@ -45,7 +45,8 @@ def upsample_cross_entropy(
             label_smoothing=label_smoothing,
         )
     weight = None if weight is None else weight.float()
-    loss, total_weight = _UpsampleCrossEntropy.apply(logits, target, weight, ignore_index, label_smoothing)
+    arguments = (logits, target, weight, ignore_index, label_smoothing)
+    loss, total_weight = _UpsampleCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss / total_weight if reduction == "mean" else loss
 
 
@@ -63,8 +64,9 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logits = cross_entropy_backward(grad, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing)
-        return grad_logits, None, None, None, None
+        lse, logits, target, weight = ctx.saved_tensors
+        options = (ctx.ignore_index, ctx.label_smoothing)
+        return cross_entropy_backward(grad, lse, logits, target, weight, *options), None, None, None, None
 
 
 def cross_entropy_forward(

@@ -71,7 +71,7 @@ def _cross_entropy_fake(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor
 
 
 def _cross_entropy_backward_cuda(*arguments: Any) -> Tensor:
-    return _triton("cross_entropy").cross_entropy_backward(*arguments)
+    return _triton("cross_entropy_backward").cross_entropy_backward(*arguments)
 
 
 def _cross_entropy_backward_cpu(*arguments: Any) -> Tensor:

@@ -25,7 +25,9 @@ from typing import Any
 
 import torch
 import triton
-from fastdeeplab.kernels import argmax, cross_entropy
+from fastdeeplab.kernels import argmax
+from fastdeeplab.kernels.cross_entropy import cross_entropy_forward
+from fastdeeplab.kernels.cross_entropy_backward import cross_entropy_backward
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -79,8 +81,8 @@ def cross_entropy_cases() -> Iterator[Case]:
         grad, lse = torch.empty(()), torch.empty(1, full, full)
 
         def launch(arguments: tuple[Any, ...] = arguments, grad: Tensor = grad, lse: Tensor = lse) -> None:
-            cross_entropy.cross_entropy_forward(*arguments)
-            cross_entropy.cross_entropy_backward(grad, lse, *arguments)
+            cross_entropy_forward(*arguments)
+            cross_entropy_backward(grad, lse, *arguments)
 
         yield Case(
             kernel="upsample_cross_entropy",

@@ -29,10 +29,10 @@ def test_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_loss_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch, "empty", lambda *_, device: torch.zeros(0, device="meta" if device == "cuda" else device)
-    )
-    assert "the tensors are on meta" in fdl.explain(fdl.SegmentationLoss())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert "Tesla T4 has compute capability 7.5" in fdl.explain(fdl.SegmentationLoss())
+    assert "Tesla T4" not in fdl.explain(fdl.SegmentationLoss(weight=torch.ones(3)))  # on the CPU
 
 
 def test_every_flag_reaches_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
