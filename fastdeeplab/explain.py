@@ -26,10 +26,7 @@ def explain(module: nn.Module) -> str:
     rows = [("module", "function", "runs", "because")]
     for name, part in module.named_modules():
         if hasattr(part, "kernel") and hasattr(part, "kernel_function"):
-            try:
-                runs, why = choose(part.kernel_function, part.kernel, device, dtype)
-            except RuntimeError as error:
-                runs, why = "nothing", str(error)
+            runs, why = choose(part.kernel_function, part.kernel, device, dtype)
             rows.append((name or type(part).__name__, part.kernel_function, runs, why))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(

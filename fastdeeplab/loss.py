@@ -23,7 +23,7 @@ class SegmentationLoss(nn.Module):
         weight: (K,) weights of the classes, or None.
         label_smoothing: in [0, 1].
         check_target: on a GPU, whether to look for targets outside [0, K), which synchronises; on a CPU it is always
-            done.
+            done. Compiled code never looks: it gives NaN.
         kernel: ``"auto"``, ``"triton"`` or ``"torch"``; see ``fastdeeplab.kernels.upsample_cross_entropy``.
 
     Raises:
@@ -84,7 +84,7 @@ class SegmentationLoss(nn.Module):
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         low, full = tuple(logits.shape[2:]), tuple(target.shape[1:])
-        if target.ndim == 3 and any(a > b for a, b in zip(low, full, strict=True)):
+        if logits.ndim == 4 and target.ndim == 3 and any(a > b for a, b in zip(low, full, strict=True)):
             raise ValueError(f"logits must be no larger than the target's {full}, got {low}")
         return upsample_cross_entropy(
             logits,

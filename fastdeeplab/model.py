@@ -30,7 +30,8 @@ class Kernels:
 
     ``"auto"`` is the Triton kernel where it can run and is measured or predicted to be faster, PyTorch elsewhere;
     ``fastdeeplab.explain`` says which and why. ``"triton"`` raises where the kernel can't run. The convolutions have no
-    kernel yet: they are PyTorch's with ``"auto"``, and refuse ``"triton"``.
+    kernel yet: they are PyTorch's with ``"auto"``, and refuse ``"triton"``. ``upsample_cross_entropy`` is for the loss,
+    which is no part of the model: ``SegmentationLoss(kernel=model.kernels.upsample_cross_entropy)``.
 
     Raises:
         ValueError: a value is not one of those.
@@ -127,6 +128,12 @@ class ResNetModel(nn.Module):
         _require(known, "weights", '"torchvision", "imagenet", the path of a file or None', weights)
         if isinstance(kernels, str):
             check_impl(kernels, "kernels")
+            _require(
+                kernels != "triton",
+                "kernels",
+                '"auto" or "torch" (the convolutions have no Triton kernel yet)',
+                kernels,
+            )
             kernels = Kernels(*[kernels] * 4)
         _require(isinstance(kernels, Kernels), "kernels", '"auto", "torch" or a Kernels', kernels)
 
@@ -158,6 +165,7 @@ class ResNetModel(nn.Module):
         rates = config["atrous_rates"] or ATROUS_RATES[output_stride]
         self.classifier = DeepLabHead(c5_channels, channels, classes, rates, dropout)
         self.aux_classifier = AuxHead(c4_channels, channels, classes, dropout) if aux_head else None
+        self.kernels = kernels
         self.upsample_argmax = UpsampleArgmax(kernels.upsample_argmax)
 
         if weights is not None:

@@ -43,9 +43,8 @@ def upsample_argmax(
     checks.check_logits(logits)
     checks.check_size(size)
     checks.check_index_dtype(dtype, logits.shape[1])
-    if choose("upsample_argmax", impl, logits.device, logits.dtype).impl == "triton":
-        return torch.ops.fastdeeplab.upsample_argmax(logits, size, dtype)
-    return library.upsample_argmax(logits, size, dtype=dtype)
+    impl = _chosen("upsample_argmax", impl, logits)
+    return torch.ops.fastdeeplab.upsample_argmax(logits, size, dtype, impl)
 
 
 def upsample_cross_entropy(
@@ -70,32 +69,39 @@ def upsample_cross_entropy(
         target: (N, H, W) class indices, uint8, int16, int32 or int64.
         weight: (K,) weights of the classes, or None.
         ignore_index: target value of the pixels that do not count.
-        reduction: ``"mean"`` over the valid pixels' weights, ``"sum"``, or ``"none"``, which is plain PyTorch whatever
-            ``impl`` says.
+        reduction: ``"mean"`` over the valid pixels' weights, ``"sum"``, or ``"none"``, which is PyTorch's own with
+            full-size logits, whatever ``impl`` says, and on a GPU has no deterministic gradient.
         label_smoothing: in [0, 1].
-        check_target: whether to look for targets outside [0, K) on a GPU, too, which synchronises.
-        impl: ``"auto"``, ``"triton"`` or ``"torch"``.
+        check_target: whether to look for targets outside [0, K) on a GPU, too, which synchronises. Compiled code never
+            looks, as it can't raise.
+        impl: ``"auto"`` (PyTorch where the logits have full size as they are), ``"triton"`` or ``"torch"``.
 
     Returns:
         The loss in fp32: a scalar, or (N, H, W) with ``reduction="none"``. NaN if all pixels are ignored and the mean
-        is asked for, as in PyTorch, or if a target on a GPU is outside [0, K) and not ``ignore_index``.
+        is asked for, as in PyTorch, or if a target that was not looked at is outside [0, K) and not ``ignore_index``
+        (with ``"none"`` NaN for that pixel).
 
     Raises:
         ValueError: shapes or types do not fit, or a target is outside [0, K) and not ``ignore_index`` (on a GPU with
             ``check_target``).
-        RuntimeError: ``impl`` is ``"triton"`` and the kernel can't run here.
+        RuntimeError: ``impl`` is ``"triton"`` and the kernel can't run here; or a second derivative is asked for.
     """
     checks.check_impl(impl)
     checks.check_logits(logits)
     checks.check_target(target, logits)
     checks.check_class_weight(weight, logits)
+    checks.check_ignore_index(ignore_index)
     checks.check_reduction(reduction)
     checks.check_label_smoothing(label_smoothing)
     if (check_target or target.device.type == "cpu") and not torch.compiler.is_compiling():
         checks.check_target_values(target, logits.shape[1], ignore_index)
 
-    choice = choose("upsample_cross_entropy", impl, logits.device, logits.dtype)
-    if reduction == "none" or choice.impl == "torch":
+    full_size = logits.shape[2:] == target.shape[1:]  # with nothing to upsample, each pixel has a chunk of its own
+    if (
+        reduction == "none"
+        or (impl == "auto" and full_size)
+        or _chosen("upsample_cross_entropy", impl, logits) == "torch"
+    ):
         return library.upsample_cross_entropy(
             logits,
             target,
@@ -106,6 +112,13 @@ def upsample_cross_entropy(
         )
     weight = None if weight is None else weight.float()
     loss, total_weight, _ = torch.ops.fastdeeplab.upsample_cross_entropy(
-        logits, target, weight, ignore_index, label_smoothing
+        logits, target, weight, ignore_index, label_smoothing, "triton"
     )
     return loss / total_weight if reduction == "mean" else loss
+
+
+def _chosen(function: str, impl: str, logits: Tensor) -> str:
+    choice = choose(function, impl, logits.device, logits.dtype)
+    if choice.impl == "nothing":
+        raise RuntimeError(choice.why)
+    return choice.impl

@@ -9,7 +9,7 @@ the kernel reads the low-resolution logits and writes one index per pixel.
 
 Layout: logits (N, K, h, w) of any strides; out (N, H, W) contiguous. All pixels of one cell read the same four corners,
 so the work is cut along the cells: h + 1 by w + 1 of them, since the margin above and left of the first sample is a
-cell too (its two corners coincide with the first sample's, as PyTorch clamps them). A cell is cut into strips of
+cell too (PyTorch clamps it to the first sample: the other has weight zero). A cell is cut into strips of
 ROWS x COLUMNS pixels, and a thread owns a strip: per class it loads four corners, interpolates COLUMNS times along x,
 then spends five instructions on each pixel: two for the interpolation along y, three for the running maximum. Those
 three run on the half-rate pipe and bind the kernel.
@@ -21,7 +21,7 @@ everything and the first NaN stays. An infinite corner with weight zero makes Na
 Source: PyTorch's upsample_bilinear2d (index and weight arithmetic).
 """
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ def strips_per_cell(size_in: int, size_out: int, length: int) -> int:
     return -(-size_out // (size_in * length))  # no cell is longer than ceil(size_out / size_in)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def choose_tile(batch: int, h: int, w: int, H: int, W: int) -> Tile:
     """The tile that issues the fewest instructions, ragged strips and idle schedulers of small pictures included."""
 
@@ -236,7 +236,8 @@ def upsample_argmax(
             BLOCK=BLOCK,
             RATIO_Y=H // h if H % h == 0 else 0,
             RATIO_X=W // w if W % w == 0 else 0,
-            WIDE=2 * max((h + 1) * (H + 1), (w + 1) * (W + 1)) >= 2**31,
+            # The last program goes on for up to BLOCK strips past the last cell.
+            WIDE=2 * max((h + BLOCK + 1) * (H + 1), (w + 1) * (W + 1)) >= 2**31,
             num_warps=NUM_WARPS,
         )
     return out

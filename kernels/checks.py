@@ -23,7 +23,7 @@ def check_logits(logits: Tensor) -> None:
 
 
 def check_size(size: Sequence[int]) -> None:
-    if len(size) != 2 or not all(n > 0 for n in size):
+    if len(size) != 2 or any(isinstance(n, float) for n in size) or not all(n > 0 for n in size):
         raise ValueError(f"size must be (H, W), both from 1 up, got {tuple(size)}")
 
 
@@ -62,8 +62,15 @@ def check_class_weight(weight: Tensor | None, logits: Tensor) -> None:
     if weight.shape != (num_classes,) or not weight.is_floating_point():
         expected = f"({num_classes},) floating-point numbers for {num_classes} classes"
         raise ValueError(f"weight must be {expected}, got {weight.dtype} {tuple(weight.shape)}")
+    if weight.requires_grad:
+        raise ValueError("weight must not require a gradient: there is none for it")
     if weight.device != logits.device:
         raise ValueError(f"weight must be on {logits.device} with the logits, got {weight.device}")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
 
 
 def check_reduction(reduction: str) -> None:

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -15,16 +16,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Choice(NamedTuple):
-    impl: str  # "triton" or "torch"
+    impl: str  # "triton", "torch", or "nothing" if what was asked for can't run
     why: str
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(function: str, impl: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """Choose how ``function`` runs on tensors of this device and dtype when ``impl`` is asked for.
 
-    Raises:
-        RuntimeError: ``impl`` is ``"triton"`` and the kernel can't run here.
+    Compiled code keeps the choice that was made while it was traced.
     """
     if kernels_are_off():
         return Choice("torch", "FASTDEEPLAB_KERNELS=torch")
@@ -33,13 +32,17 @@ def choose(function: str, impl: str, device: torch.device, dtype: torch.dtype) -
     obstacle = why_not(device, dtype)
     if impl == "triton":
         if obstacle:
-            raise RuntimeError(f"{function} can't run as a Triton kernel here: {obstacle}")
+            return Choice("nothing", f"{function} can't run as a Triton kernel here: {obstacle}")
         return Choice("triton", "as asked for")
     if obstacle:
         return Choice("torch", obstacle)
     if device.type == "cpu":
         return Choice("torch", "the interpreter is for tests")
     return Choice("triton", "predicted: it never writes the full-size logits")
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kernels_are_off() -> bool:
@@ -52,7 +55,7 @@ def kernels_are_off() -> bool:
 
 def interpreting() -> bool:
     """Whether Triton runs its kernels in Python on CPU tensors (``TRITON_INTERPRET=1``)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 @functools.cache
@@ -62,10 +65,10 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton is not installed"
     if dtype not in DTYPES:
         return f"{str(dtype).removeprefix('torch.')} is not one of float32, float16, bfloat16"
+    if interpreting() and dtype == torch.bfloat16:
+        return "Triton's interpreter gets bfloat16 wrong"
     if device.type == "cpu":
-        if not interpreting():
-            return "the tensors are on a CPU"
-        return "Triton's interpreter gets bfloat16 wrong" if dtype == torch.bfloat16 else None
+        return None if interpreting() else "the tensors are on a CPU"
     if device.type != "cuda":
         return f"the tensors are on {device.type}, the kernels are for NVIDIA GPUs"
     if torch.version.hip:
@@ -84,6 +87,8 @@ def _why_triton_can_not_compile() -> str | None:
     compilers = [knobs.build.cc] if knobs.build.cc else ["gcc", "clang"]
     if not any(map(shutil.which, compilers)):
         return f"Triton needs a C compiler and finds no {' or '.join(compilers)}: install one, or name it in CC"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Triton needs Python's headers and finds no Python.h: install python3-dev"
     cache = Path(knobs.cache.dir)
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ the four corners in registers and writes it to scratch; a second kernel adds, fo
 of the chunks round it in a fixed order. So the gradient is deterministic, without atomics. A gather per low-resolution
 logit would need no scratch, but each pixel has four of them: four times the exponentials, which are what takes the time
 (9.3 instructions per pixel and class, and the exponential's unit is busy for as long as 8 take). The scratch holds the
-shares of as many classes as fit in SCRATCH_BYTES, and the classes are worked off in such slabs.
+shares of as many classes as fit in SCRATCH_BYTES, of one class at least, and the classes are worked off in such slabs.
 """
 
 import torch
@@ -49,7 +49,7 @@ def corner_shares_kernel(
     target_ptr += n * H * W
     target, _ = load_target(target_ptr, offs, mask, ignore_index, K)
     counts = target >= 0
-    # Infinity makes the probabilities of a pixel that does not count 0.
+    # Infinity makes the probabilities of a pixel that does not count 0, unless its logits are NaN or infinite.
     lse = load_pixels(lse_ptr, offs, counts, float("inf"))
     own = target.to(tl.float32)  # as a float it is compared in one instruction per class, as an integer in four
 
@@ -145,7 +145,7 @@ def cross_entropy_backward(
 ) -> Tensor:
     """The gradient of the summed loss, times ``grad``, in the dtype and the layout of the logits.
 
-    The same bit by bit in every run. 0 if no pixel counts, even if ``grad`` is infinite.
+    The same bit by bit in every run. 0 if no pixel counts, even if ``grad`` is infinite, and the logits are finite.
 
     Args:
         grad: scalar, on the logits' device.

@@ -6,7 +6,8 @@ the interpolations along x that ``F.interpolate`` makes at output stride 8. Its 
 order in which all that follows reads them.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,18 @@ from torch import Tensor
 
 # Full-size logits in a chunk. On a GPU a chunk is as large as keeps it busy, on a CPU as fits into its caches.
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+def _full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep autocast from rounding the matrix products inside."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return call
 
 
 def upsample_argmax(logits: Tensor, size: Sequence[int], *, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -34,41 +47,33 @@ def upsample_cross_entropy(
     label_smoothing: float = 0.0,
     check_target: bool = False,
 ) -> Tensor:
-    if reduction == "none":
-        size = target.shape[-2:]
-        return F.cross_entropy(
-            F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False),
-            target.long(),
-            None if weight is None else weight.float(),
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
     weight = None if weight is None else weight.float()
-    arguments = (logits, target, weight, ignore_index, label_smoothing)
-    loss, total_weight = _UpsampleCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    if reduction == "none":
+        return _cross_entropy_per_pixel(logits, target, weight, ignore_index, label_smoothing)
+    # The operator saves no chunks for the backward; it computes them anew.
+    loss, total_weight, _ = torch.ops.fastdeeplab.upsample_cross_entropy(
+        logits, target, weight, ignore_index, label_smoothing, "torch"
+    )
     return loss / total_weight if reduction == "mean" else loss
 
 
-class _UpsampleCrossEntropy(torch.autograd.Function):
-    """Recomputes the chunks in the backward instead of saving them."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        logits, target, weight, ctx.ignore_index, ctx.label_smoothing = arguments
-        loss, total_weight, lse = cross_entropy_forward(*arguments)
-        ctx.mark_non_differentiable(total_weight)
-        ctx.save_for_backward(lse, logits, target, weight)
-        return loss, total_weight
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        lse, logits, target, weight = ctx.saved_tensors
-        options = (ctx.ignore_index, ctx.label_smoothing)
-        return cross_entropy_backward(grad, lse, logits, target, weight, *options), None, None, None, None
+def _cross_entropy_per_pixel(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    """The loss of each pixel, as large as the full-size logits; NaN where the target is no class."""
+    _, counts, stray = _read_target(target, logits.shape[1], ignore_index)
+    losses = F.cross_entropy(
+        F.interpolate(logits.float(), size=target.shape[1:], mode="bilinear", align_corners=False),
+        torch.where(counts, target.long(), ignore_index),
+        weight,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    return losses.masked_fill(stray, torch.nan)
 
 
+@_full_precision
 def cross_entropy_forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +82,8 @@ def cross_entropy_forward(
     A target that is neither a class nor ``ignore_index`` makes the loss NaN and counts nowhere else.
     """
     K = logits.shape[1]
-    loss = logits.new_zeros((), dtype=torch.float64)
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no fp64
+    loss = logits.new_zeros((), dtype=precise)
     total_weight = torch.zeros_like(loss)
     lse = logits.new_empty(target.shape, dtype=torch.float32)
     for chunk in _chunks(logits, target.shape[1:]):
@@ -91,11 +97,12 @@ def cross_entropy_forward(
             weights = values.new_ones(K) if weight is None else weight
             smooth = weights.sum() * part_lse - values @ weights
             part = part + label_smoothing / K * smooth
-        loss += part.where(counts, torch.where(stray, torch.nan, 0.0)).sum(dtype=torch.float64)
-        total_weight += own_weight.sum(dtype=torch.float64)
+        loss += part.where(counts, torch.where(stray, torch.nan, 0.0)).sum(dtype=precise)
+        total_weight += own_weight.sum(dtype=precise)
     return loss.float(), total_weight.float(), lse
 
 
+@_full_precision
 def cross_entropy_backward(
     grad: Tensor,
     lse: Tensor,
@@ -183,8 +190,8 @@ def _positions(n_in: int, n_out: int, positions: slice, device: torch.device) ->
     doubled = (2 * torch.arange(positions.start, positions.stop, device=device) + 1) * n_in - n_out
     doubled = doubled.clamp(min=0)  # the distance from the first sample in units of 1 / (2 * n_out)
     lower = doubled // (2 * n_out)
-    fraction = (doubled - lower * 2 * n_out).double() / (2 * n_out)
-    return lower, (lower + 1).clamp(max=n_in - 1), fraction.float()
+    fraction = (doubled - lower * 2 * n_out).float() / (2 * n_out)  # of two exact numbers
+    return lower, (lower + 1).clamp(max=n_in - 1), fraction
 
 
 def _interpolation_matrix(n_in: int, n_out: int, outputs: slice, inputs: slice, device: torch.device) -> Tensor:

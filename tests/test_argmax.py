@@ -201,6 +201,26 @@ def test_no_stray_access(
     assert (buffer[-band:] == 77).all()
 
 
+def test_fault_01_strips_past_the_last_cell(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last program goes on past the picture, where positions no longer fit into int32."""
+    high = (89232, 1)
+    buffers: list[Tensor] = []
+    empty = torch.empty
+
+    def banded_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        length = int(torch.Size(shape).numel())
+        buffers.append(torch.full((length + 200_000,), 77, dtype=dtype, device=device))
+        return buffers[-1][100_000 : 100_000 + length].view(shape)
+
+    logits = torch.randn(1, 2, 12032, 1, device=device)
+    monkeypatch.setattr(torch, "empty", banded_empty)
+    index = upsample_argmax(logits, high, torch.int16)
+    monkeypatch.setattr(torch, "empty", empty)
+    assert_argmax(index, logits, high)
+    assert (buffers[0][:100_000] == 77).all()
+    assert (buffers[0][-100_000:] == 77).all()
+
+
 def test_choose_tile() -> None:
     assert choose_tile(1, 128, 256, 1024, 2048) == TILES[0]
     assert choose_tile(8, 65, 65, 513, 513) == TILES[0]

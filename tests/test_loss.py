@@ -151,6 +151,12 @@ def test_a_target_smaller_than_the_logits(size: tuple[int, int]) -> None:
         fdl.SegmentationLoss()(example()[0], torch.zeros(2, *size, dtype=torch.int64))
 
 
+def test_logits_without_a_batch() -> None:
+    outputs, target = example()
+    with pytest.raises(ValueError, match=r"logits must be \(N, K, h, w\)"):
+        fdl.SegmentationLoss()(outputs["out"][0], target)
+
+
 def test_weight_of_another_number_of_classes() -> None:
     with pytest.raises(ValueError, match=r"weight must be \(5,\)"):
         fdl.SegmentationLoss(weight=torch.ones(4))(*example())
