@@ -499,6 +499,8 @@ def test_fault_18_info_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fault_18_info_on_an_old_gpu_and_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
     class Properties:
         name, major, minor, total_memory = "Tesla T4", 7, 5, 15 * 2**30
 
