@@ -1,4 +1,4 @@
-"""Floors: what the bytes and the arithmetic of an operation take at least on a known GPU.
+"""Floors: what the bytes and the arithmetic of an operation take on a known GPU, if nothing else does.
 
 The larger of bytes / bandwidth, instructions / (lanes x clock) and exponentials / (special-function lanes x clock).
 ``python benchmarks/roofline.py`` prints those of the benchmarked shapes.

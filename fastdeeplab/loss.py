@@ -31,6 +31,7 @@ class SegmentationLoss(nn.Module):
     """
 
     kernel_function = "upsample_cross_entropy"
+    kernel_limits = 'full-size logits with "auto" and reduction "none" are PyTorch\'s'
 
     def __init__(
         self,

@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 TILES = (Tile(8, 4, 196), Tile(4, 4, 116), Tile(2, 2, 45), Tile(1, 1, 26))
 BLOCK = 128  # strips of one program: one per thread
 NUM_WARPS = 4
-SCHEDULERS = 528  # warp schedulers of the largest GPU this is tuned for (H100, H200)
+SCHEDULERS = 528  # warp schedulers of an H100 or H200
 
 
 def strips_per_cell(size_in: int, size_out: int, length: int) -> int:

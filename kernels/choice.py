@@ -92,8 +92,8 @@ def _why_triton_can_not_compile() -> str | None:
     cache = Path(knobs.cache.dir)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache):
-            pass
+        with tempfile.TemporaryFile(dir=cache) as file:
+            file.write(bytes(1 << 16))
     except OSError as error:
         return f"Triton can't write its cache directory {cache} ({error.strerror}): name another in TRITON_CACHE_DIR"
     return None

@@ -150,8 +150,8 @@ def cross_entropy_forward(
         Two scalars and (N, H, W), fp32.
     """
     logits, target = logits.contiguous(), target.contiguous()
-    lse = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     tiles = chunk_tiles(logits, target)
+    lse = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     programs = len(logits) * tiles["blocks"]
     sums = torch.empty((2, programs), dtype=torch.float32, device=logits.device)
     if programs:

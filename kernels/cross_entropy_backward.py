@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import BLOCK, chunk_geometry, chunk_tiles, class_logits, load_pixels, load_target
+from .tiles import BLOCK, check_programs, chunk_geometry, chunk_tiles, class_logits, load_pixels, load_target
 
 BLOCK_P, BLOCK_K = 64, 16  # low-resolution pixels and classes of a program of the second kernel
 SCRATCH_BYTES = 64 << 20
@@ -159,6 +159,7 @@ def cross_entropy_backward(
     logits, target = logits.contiguous(), target.contiguous()
     weight = None if weight is None else weight.contiguous()
     tiles = chunk_tiles(logits, target)
+    check_programs(N * triton.cdiv(h * w, BLOCK_P) * triton.cdiv(K, BLOCK_K), logits)
     programs = N * tiles["blocks"]
     slab = min(K, max(1, SCRATCH_BYTES // (16 * programs * BLOCK)))
     shares = torch.empty((slab, 4, programs * BLOCK), dtype=torch.float32, device=logits.device)

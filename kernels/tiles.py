@@ -111,6 +111,7 @@ def chunk_tiles(logits: Tensor, target: Tensor) -> dict[str, int]:
     TILE_Y, CHUNKS_Y = _axis_tiles(h, H, MAX_TILE_Y)
     TILE_X, CHUNKS_X = _axis_tiles(w, W, MAX_TILE_X)
     blocks = triton.cdiv((h + 1) * CHUNKS_Y * (w + 1) * CHUNKS_X, BLOCK)
+    check_programs(len(logits) * blocks, logits)
     if max((2 * H + 1) * (h + 1), (2 * W + 1) * (w + 1), h * w, H * W, blocks * BLOCK) >= 2**31:
         raise ValueError(f"pictures too large to be indexed with 32 bits: logits {(h, w)}, target {(H, W)}")
     return {
@@ -121,6 +122,11 @@ def chunk_tiles(logits: Tensor, target: Tensor) -> dict[str, int]:
         "TILE_X": TILE_X,
         "BLOCK": BLOCK,
     }
+
+
+def check_programs(programs: int, logits: Tensor) -> None:
+    if programs >= 2**31:
+        raise ValueError(f"logits {tuple(logits.shape)} need more programs than a launch can have")
 
 
 def _axis_tiles(n_in: int, n_out: int, max_tile: int) -> tuple[int, int]:

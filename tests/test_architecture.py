@@ -34,6 +34,19 @@ def test_kernels_know_nothing_of_the_model(path: Path) -> None:
     assert top_level(imports(path)) - set(sys.stdlib_module_names) <= CORE
 
 
+@pytest.mark.parametrize("stem", ["argmax", "cross_entropy", "cross_entropy_backward"])
+def test_kernel_files_share_tiles_and_checks_only(stem: str) -> None:
+    relative = {name for name in imports(ROOT / "kernels" / f"{stem}.py") if name.startswith(".")}
+    assert relative <= {".tiles", ".checks"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*(ROOT / "kernels").glob("*.py"), *(ROOT / "fastdeeplab").glob("*.py")]), ids=lambda path: path.name
+)
+def test_nothing_that_ships_imports_the_reference(path: Path) -> None:
+    assert not any(name.endswith("reference") for name in imports(path))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "fastdeeplab").glob("*.py")), ids=lambda path: path.name)
 def test_the_package_knows_nothing_of_tests_benchmarks_and_torchvision(path: Path) -> None:
     assert not top_level(imports(path)) & {"tests", "benchmarks", "kernels", "torchvision"}

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,10 +78,17 @@ def test_fault_18_cache_directory_can_not_be_written(monkeypatch: pytest.MonkeyP
     assert "TRITON_CACHE_DIR" in str(choice.why_not(GPU, torch.float16))
 
 
+@pytest.mark.usefixtures("_capable_gpu")
+def test_fault_18_cache_directory_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Path("/dev/full").open("wb", buffering=0))  # noqa: SIM115
+    assert "No space left on device" in str(choice.why_not(GPU, torch.float16))
+
+
 def test_fault_18_triton_missing() -> None:
     """Everything imports and PyTorch's path runs, in a process where ``import triton`` fails."""
     program = """
 import sys
+import tempfile
 sys.modules["triton"] = None
 import torch, fastdeeplab as fdl
 from fastdeeplab import kernels

@@ -263,6 +263,19 @@ def test_slabs_of_classes_give_the_same_bits(device: torch.device, monkeypatch: 
         assert torch.equal(kernel(logits, target, weight)[2], expected[2])
 
 
+def test_fault_04_more_programs_than_a_launch_can_have() -> None:
+    """Found before anything is allocated for them: meta tensors have no memory."""
+    logits, target = (
+        torch.empty(2**31, 1, 1, 1, device="meta"),
+        torch.empty(2**31, 1, 1, dtype=torch.int64, device="meta"),
+    )
+    with pytest.raises(ValueError, match="more programs than a launch can have"):
+        cross_entropy_forward(logits, target, None, 255, 0.0)
+    grad, lse = torch.empty((), device="meta"), torch.empty(target.shape, device="meta")
+    with pytest.raises(ValueError, match="more programs than a launch can have"):
+        cross_entropy_backward(grad, lse, logits, target, None, 255, 0.0)
+
+
 def test_fault_04_pictures_too_large_to_index(device: torch.device) -> None:
     logits = torch.zeros(1, device=device).expand(1, 1, 1, 40_000)
     target = torch.zeros(1, dtype=torch.uint8, device=device).expand(1, 1, 40_000)
