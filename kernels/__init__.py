@@ -64,9 +64,9 @@ def upsample_cross_entropy(
     target, weight, ...)`` with the same defaults, computed in fp32. The gradient has the logits' dtype, and is the same
     bit by bit in every run.
 
-    Of each pixel one number is kept for the backward, its log-sum-exp, rounded at the magnitude of the logits: where
-    logits in the hundreds and above give a small loss, it is less exact than PyTorch's (2 % at logits of 900). A logit
-    of minus infinity is a class without probability for the kernel, and NaN at its cells' borders for PyTorch.
+    The kernel keeps one number of each pixel, its log-sum-exp, rounded at the magnitude of the logits: where logits in
+    the hundreds and above give a small loss, it is less exact than PyTorch (2 % at logits of 900). A logit of minus
+    infinity is a class without probability for the kernel, and NaN at its cells' borders for PyTorch.
 
     Args:
         logits: (N, K, h, w) of any strides, fp32, fp16 or bf16.

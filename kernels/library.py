@@ -77,7 +77,7 @@ def _cross_entropy_per_pixel(
 def cross_entropy_forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over the pixels that count of the loss and of the weights, and the log-sum-exp of each pixel, in fp32.
+    """Sum over the pixels that count of the loss and of the weights, in fp32, and nothing for the backward.
 
     A target that is neither a class nor ``ignore_index`` makes the loss NaN and counts nowhere else.
     """
@@ -85,47 +85,43 @@ def cross_entropy_forward(
     precise = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no fp64
     loss = logits.new_zeros((), dtype=precise)
     total_weight = torch.zeros_like(loss)
-    lse = logits.new_empty(target.shape, dtype=torch.float32)
     for chunk in _chunks(logits, target.shape[1:]):
-        values = chunk.upsample(logits)
+        log_probabilities = chunk.upsample(logits).log_softmax(dim=-1)
         own, counts, stray = _read_target(target[chunk.images, chunk.rows], K, ignore_index)
-        part_lse = values.logsumexp(dim=-1)
-        lse[chunk.images, chunk.rows] = part_lse
         own_weight = counts.float() if weight is None else weight[own] * counts
-        part = (1 - label_smoothing) * own_weight * (part_lse - values.gather(-1, own[..., None])[..., 0])
+        part = (label_smoothing - 1) * own_weight * log_probabilities.gather(-1, own[..., None])[..., 0]
         if label_smoothing:
-            weights = values.new_ones(K) if weight is None else weight
-            smooth = weights.sum() * part_lse - values @ weights
-            part = part + label_smoothing / K * smooth
+            weights = log_probabilities.new_ones(K) if weight is None else weight
+            part = part - label_smoothing / K * (log_probabilities @ weights)
         loss += part.where(counts, torch.where(stray, torch.nan, 0.0)).sum(dtype=precise)
         total_weight += own_weight.sum(dtype=precise)
-    return loss.float(), total_weight.float(), lse
+    return loss.float(), total_weight.float(), loss.new_empty(0, dtype=torch.float32)
 
 
 @_full_precision
 def cross_entropy_backward(
     grad: Tensor,
-    lse: Tensor,
+    saved: Tensor,
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    """The gradient of the summed loss, times ``grad``, in the logits' dtype; deterministic."""
+    """The gradient of the summed loss, times ``grad``, in the logits' dtype; deterministic. ``saved`` is empty."""
     N, K, h, w = logits.shape
     H, W = target.shape[1:]
     total = torch.zeros((N, h, w, K), dtype=torch.float32, device=logits.device)
     along_x = _interpolation_matrix(w, W, slice(0, W), slice(0, w), logits.device)
     for chunk in _chunks(logits, (H, W)):
-        values = chunk.upsample(logits)
+        values = chunk.upsample(logits).softmax(dim=-1)
         own, counts, _ = _read_target(target[chunk.images, chunk.rows], K, ignore_index)
         own_weight = (1 - label_smoothing) * (counts.float() if weight is None else weight[own] * counts)
         softmax_weight = own_weight
         if label_smoothing:
             weights = values.new_ones(K) if weight is None else weight
             softmax_weight = own_weight + label_smoothing / K * weights.sum() * counts
-        values.sub_(lse[chunk.images, chunk.rows, :, None]).exp_().mul_(softmax_weight[..., None])
+        values.mul_(softmax_weight[..., None])
         values.masked_fill_(~counts[..., None], 0.0)  # a pixel that does not count may have NaN logits
         values.scatter_add_(-1, own[..., None], -own_weight[..., None])
         if label_smoothing:

@@ -58,7 +58,7 @@ _define(
 
 
 # upsample_cross_entropy: the sums over the valid pixels of the loss and of the weights (their quotient is the mean),
-# and the log-sum-exp of each pixel in the units that the backward of the same implementation expects
+# and what the backward of the same implementation needs: the kernel a number per pixel, library nothing
 
 
 def _cross_entropy(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,9 +67,10 @@ def _cross_entropy(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Ten
     return forward.cross_entropy_forward(logits, *options)
 
 
-def _cross_entropy_fake(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _cross_entropy_fake(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     scalar = logits.new_empty((), dtype=torch.float32)
-    return scalar, torch.empty_like(scalar), logits.new_empty(target.shape, dtype=torch.float32)
+    saved = target.shape if _runs_triton(options[-1], logits) else 0
+    return scalar, torch.empty_like(scalar), logits.new_empty(saved, dtype=torch.float32)
 
 
 def _cross_entropy_backward(grad: Tensor, *arguments: Any) -> Tensor:
@@ -78,18 +79,18 @@ def _cross_entropy_backward(grad: Tensor, *arguments: Any) -> Tensor:
     return backward.cross_entropy_backward(grad, *options)
 
 
-def _cross_entropy_backward_fake(grad: Tensor, lse: Tensor, logits: Tensor, *_: Any) -> Tensor:
+def _cross_entropy_backward_fake(grad: Tensor, saved: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
 _ARGUMENTS = "Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, str impl"
 _define(
-    f"upsample_cross_entropy({_ARGUMENTS}) -> (Tensor loss, Tensor total_weight, Tensor lse)",
+    f"upsample_cross_entropy({_ARGUMENTS}) -> (Tensor loss, Tensor total_weight, Tensor saved)",
     _cross_entropy,
     _cross_entropy_fake,
 )
 _define(
-    f"upsample_cross_entropy_backward(Tensor grad, Tensor lse, {_ARGUMENTS}) -> Tensor",
+    f"upsample_cross_entropy_backward(Tensor grad, Tensor saved, {_ARGUMENTS}) -> Tensor",
     _cross_entropy_backward,
     _cross_entropy_backward_fake,
 )
@@ -97,9 +98,9 @@ _define(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, target, weight, *ctx.options = inputs
-    _, total_weight, lse = output
-    ctx.mark_non_differentiable(total_weight, lse)
-    ctx.save_for_backward(lse, logits, target, weight)
+    _, total_weight, saved = output
+    ctx.mark_non_differentiable(total_weight, saved)
+    ctx.save_for_backward(saved, logits, target, weight)
 
 
 def _cross_entropy_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

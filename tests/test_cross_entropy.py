@@ -11,6 +11,8 @@ from fastdeeplab.kernels.cross_entropy import cross_entropy_forward
 from fastdeeplab.kernels.cross_entropy_backward import cross_entropy_backward
 from fastdeeplab.kernels.measure import relative_error
 from fastdeeplab.kernels.tiles import BLOCK, chunk_tiles
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 SLACK = 2**-21  # a GPU's exp2 and log2 are off by up to two units in the last place; PyTorch's exp and log by one
@@ -333,6 +335,36 @@ def test_no_stray_access(
     for buffer, numel in buffers:
         assert (buffer[:BAND] == -77).all()
         assert (buffer[BAND + numel :] == -77).all()
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    N=st.integers(1, 2),
+    K=st.integers(2, 6),
+    low=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    high=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    weighted=st.booleans(),
+    label_smoothing=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 2**31),
+)
+def test_anything(
+    N: int,
+    K: int,
+    low: tuple[int, int],
+    high: tuple[int, int],
+    layout: str,
+    dtype: torch.dtype,
+    weighted: bool,
+    label_smoothing: float,
+    seed: int,
+    device: torch.device,
+) -> None:
+    torch.manual_seed(seed)
+    logits, target = sample(K, low, high, device, N, ignored=0.0)
+    weight = torch.rand(K, device=device) + 0.1 if weighted else None
+    assert_accurate(LAYOUTS[layout](logits.to(dtype)), target, weight=weight, label_smoothing=label_smoothing)
 
 
 @pytest.mark.gpu

@@ -153,6 +153,25 @@ def test_fault_14_a_stray_target_that_nobody_looked_for_gives_nan() -> None:
         assert total_weight == (target != 255).sum() - 1
 
 
+@pytest.mark.parametrize("scale", [300.0, 1e4])
+def test_large_logits_that_are_right_keep_a_small_loss_exact(scale: float) -> None:
+    """The loss is small beside the logits: it must not be a difference of two large numbers."""
+    logits, _ = sample((3, 4), (24, 32))
+    logits *= scale
+    values = F.interpolate(logits.double(), size=(24, 32), mode="bilinear", align_corners=False)
+    target = values.argmax(dim=1)
+
+    def loss_and_gradient(function: Callable[..., Tensor], leaf: Tensor, **options: str) -> tuple[Tensor, Tensor]:
+        loss = function(leaf.requires_grad_(), target, **options)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    exact = loss_and_gradient(reference.upsample_cross_entropy, logits.double())
+    theirs = loss_and_gradient(reference.upsample_cross_entropy, logits.clone())
+    ours = loss_and_gradient(kernels.upsample_cross_entropy, logits.clone(), impl="torch")
+    for actual, expected, peer in zip(ours, exact, theirs, strict=True):
+        assert relative_error(actual, expected) <= 2 * relative_error(peer, expected) + 1e-6
+
+
 def test_fault_12_empty_batch() -> None:
     logits, target = torch.empty(0, 4, 3, 3, requires_grad=True), torch.empty(0, 6, 6, dtype=torch.int64)
     assert kernels.upsample_argmax(logits, (6, 6), impl="torch").shape == (0, 6, 6)
