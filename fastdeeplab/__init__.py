@@ -1,7 +1,7 @@
 """DeepLabV3 for PyTorch, made fast by handwritten Triton kernels."""
 
 from fastdeeplab.checkpoint import CheckpointError, load_weights
-from fastdeeplab.explain import explain
+from fastdeeplab.explanation import explain
 from fastdeeplab.loss import SegmentationLoss
 from fastdeeplab.model import Kernels, ResNetModel
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from accuracy import assert_argmax, interpolate
 from fastdeeplab.kernels import argmax
 from fastdeeplab.kernels.argmax import TILES, choose_tile, upsample_argmax
 from fastdeeplab.kernels.measure import peak_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS
 from torch import Tensor
 
 LARGE = TILES[0]  # few programs: the interpreter's cost is per operation, whatever its size
@@ -59,16 +59,6 @@ def test_fault_01_positions_above_int32(device: torch.device, monkeypatch: pytes
 def test_every_tile(tile: argmax.Tile, low: tuple[int, int], high: tuple[int, int], device: torch.device) -> None:
     logits = torch.randn(2, 6, *low, device=device)
     assert_argmax(upsample_argmax(logits, high, torch.int64, tile=tile), logits, high)
-
-
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "sliced": lambda x: F.pad(x, (1, 2, 1, 1, 2, 1))[:, 2:-1, 1:-1, 1:-2],
-    "every other": lambda x: x.repeat_interleave(2, 3).repeat_interleave(2, 1)[:, ::2, :, ::2],
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "classes first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

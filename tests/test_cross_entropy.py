@@ -1,6 +1,5 @@
 """The kernels of upsample_cross_entropy, forward and backward, against fp64 PyTorch."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from fastdeeplab.kernels.measure import relative_error
 from fastdeeplab.kernels.tiles import BLOCK, chunk_tiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS
 from torch import Tensor
 
 SLACK = 2**-21  # a GPU's exp2 and log2 are off by up to two units in the last place; PyTorch's exp and log by one
@@ -140,16 +140,7 @@ def test_target_dtypes(dtype: torch.dtype, ignore_index: int, device: torch.devi
         assert torch.equal(actual, same)
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "sliced": lambda x: F.pad(x, (1, 2, 1, 1, 2, 1))[:, 2:-1, 1:-1, 1:-2],
-    "every other": lambda x: x.repeat_interleave(2, 3).repeat_interleave(2, 1)[:, ::2, :, ::2],
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "classes first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"contiguous"}))
 def test_fault_05_any_strides(layout: str, device: torch.device) -> None:
     contiguous, target = sample(5, (4, 6), (32, 48), device, N=2)
     logits = LAYOUTS[layout](contiguous)

@@ -35,6 +35,12 @@ def test_a_loss_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert "Tesla T4" not in fdl.explain(fdl.SegmentationLoss(weight=torch.ones(3)))  # on the CPU
 
 
+def test_what_the_kernel_leaves_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdeeplab.explanation.choose", lambda *_: kernels.Choice("triton", "as asked for"))
+    assert 'as asked for; full-size logits with "auto" and reduction "none"' in fdl.explain(fdl.SegmentationLoss())
+    assert fdl.explain(small_model()).endswith("as asked for")
+
+
 def test_every_flag_reaches_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
 
