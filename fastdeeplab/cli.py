@@ -49,6 +49,14 @@ def main() -> None:
     app()
 
 
+@app.callback()
+def _check_environment() -> None:
+    try:
+        kernels_are_off()
+    except ValueError as error:
+        _fail(str(error))
+
+
 @app.command()
 def segment(
     sources: Annotated[

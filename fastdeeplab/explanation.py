@@ -27,8 +27,8 @@ def explain(module: nn.Module) -> str:
     for name, part in module.named_modules():
         if hasattr(part, "kernel") and hasattr(part, "kernel_function"):
             runs, why = choose(part.kernel_function, part.kernel, device, dtype)
-            if runs == "triton" and hasattr(part, "kernel_limits"):
-                why += f"; {part.kernel_limits}"
+            if runs == "triton" and part.kernel == "auto" and hasattr(part, "auto_limit"):
+                why += f"; {part.auto_limit}"
             rows.append((name or type(part).__name__, part.kernel_function, runs, why))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from fastdeeplab.kernels import upsample_cross_entropy
-from fastdeeplab.kernels.checks import check_impl, check_label_smoothing
+from fastdeeplab.kernels.checks import check_ignore_index, check_impl, check_label_smoothing
 
 
 class SegmentationLoss(nn.Module):
@@ -31,7 +31,7 @@ class SegmentationLoss(nn.Module):
     """
 
     kernel_function = "upsample_cross_entropy"
-    kernel_limits = 'full-size logits with "auto" and reduction "none" are PyTorch\'s'
+    auto_limit = "PyTorch for logits that have full size already"
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class SegmentationLoss(nn.Module):
         super().__init__()
         if not 0 <= aux_weight < math.inf:
             raise ValueError(f"aux_weight must be a number from 0 up, got {aux_weight}")
+        check_ignore_index(ignore_index)
         check_label_smoothing(label_smoothing)
         check_impl(kernel, "kernel")
         if weight is not None and not (isinstance(weight, Tensor) and weight.ndim == 1):

@@ -64,9 +64,8 @@ def upsample_cross_entropy(
     target, weight, ...)`` with the same defaults, computed in fp32. The gradient has the logits' dtype, and is the same
     bit by bit in every run.
 
-    The kernel keeps one number of each pixel, its log-sum-exp, rounded at the magnitude of the logits: where logits in
-    the hundreds and above give a small loss, it is less exact than PyTorch (2 % at logits of 900). A logit of minus
-    infinity is a class without probability for the kernel, and NaN at its cells' borders for PyTorch.
+    A logit of minus infinity is a class without probability for the kernel: infinite is the loss of the pixels next to
+    it whose target it is, and with label smoothing of all pixels next to it. PyTorch has NaN at its cells' borders.
 
     Args:
         logits: (N, K, h, w) of any strides, fp32, fp16 or bf16.

@@ -15,7 +15,13 @@ def check_impl(impl: str, name: str = "impl") -> None:
         raise ValueError(f'{name} must be "auto", "triton" or "torch", got {impl!r}')
 
 
+def check_tensor(value: object, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def check_logits(logits: Tensor) -> None:
+    check_tensor(logits, "logits")
     if logits.ndim != 4 or 0 in logits.shape[1:]:
         raise ValueError(f"logits must be (N, K, h, w) with K, h and w from 1 up, got {tuple(logits.shape)}")
     if not logits.is_floating_point():
@@ -23,8 +29,9 @@ def check_logits(logits: Tensor) -> None:
 
 
 def check_size(size: Sequence[int]) -> None:
-    if len(size) != 2 or any(isinstance(n, float) for n in size) or not all(n > 0 for n in size):
-        raise ValueError(f"size must be (H, W), both from 1 up, got {tuple(size)}")
+    pair = isinstance(size, Sequence) and len(size) == 2
+    if not pair or any(isinstance(n, float) for n in size) or not all(n > 0 for n in size):
+        raise ValueError(f"size must be (H, W), both from 1 up, got {size}")
 
 
 def check_index_dtype(dtype: torch.dtype, num_classes: int) -> None:
@@ -35,6 +42,7 @@ def check_index_dtype(dtype: torch.dtype, num_classes: int) -> None:
 
 
 def check_target(target: Tensor, logits: Tensor) -> None:
+    check_tensor(target, "target")
     if target.ndim != 3 or target.shape[0] != logits.shape[0] or 0 in target.shape[1:]:
         expected = f"({logits.shape[0]}, H, W) with H and W from 1 up"
         raise ValueError(f"target must be {expected}, got {tuple(target.shape)}")
@@ -58,6 +66,7 @@ def check_target_values(target: Tensor, num_classes: int, ignore_index: int) -> 
 def check_class_weight(weight: Tensor | None, logits: Tensor) -> None:
     if weight is None:
         return
+    check_tensor(weight, "weight")
     num_classes = logits.shape[1]
     if weight.shape != (num_classes,) or not weight.is_floating_point():
         expected = f"({num_classes},) floating-point numbers for {num_classes} classes"
@@ -69,8 +78,8 @@ def check_class_weight(weight: Tensor | None, logits: Tensor) -> None:
 
 
 def check_ignore_index(ignore_index: int) -> None:
-    if not isinstance(ignore_index, int):
-        raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if not (isinstance(ignore_index, int) and -(2**63) <= ignore_index < 2**63):
+        raise ValueError(f"ignore_index must be an integer of 64 bits, got {ignore_index!r}")
 
 
 def check_reduction(reduction: str) -> None:

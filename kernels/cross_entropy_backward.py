@@ -3,7 +3,7 @@
 With the notation of ``cross_entropy``, the gradient at the interpolated logits of a pixel that counts is
 ::
 
-    d loss/d v_c   ((1 - e) w_y + e/K sum_k w_k) exp(v_c - lse) - (1 - e) w_y [c = y] - e/K w_c
+    d loss/d v_c   ((1 - e) w_y + e/K sum_k w_k) exp(v_c - m) / sum_k exp(v_k - m) - (1 - e) w_y [c = y] - e/K w_c
 
 and a low-resolution logit adds up its pixels' gradients, times their interpolation weights.
 
@@ -11,7 +11,7 @@ A lane takes the exponential anew, once per pixel of its chunk (see ``tiles``) a
 the four corners in registers and writes it to scratch; a second kernel adds, for each low-resolution logit, the shares
 of the chunks round it in a fixed order. So the gradient is deterministic, without atomics. A gather per low-resolution
 logit would need no scratch, but each pixel has four of them: four times the exponentials, which are what takes the time
-(9.3 instructions per pixel and class, and the exponential's unit is busy for as long as 8 take). The scratch holds the
+(10.2 instructions per pixel and class, and the exponential's unit is busy for as long as 8 take). The scratch holds the
 shares of as many classes as fit in SCRATCH_BYTES, of one class at least, and the classes are worked off in such slabs.
 """
 
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import BLOCK, check_programs, chunk_geometry, chunk_tiles, class_logits, load_pixels, load_target
+from .tiles import BLOCK, LOG2_E, check_programs, chunk_geometry, chunk_tiles, class_logits, load_pixels, load_target
 
 BLOCK_P, BLOCK_K = 64, 16  # low-resolution pixels and classes of a program of the second kernel
 SCRATCH_BYTES = 64 << 20
@@ -28,7 +28,7 @@ SCRATCH_BYTES = 64 << 20
 
 @triton.jit
 def corner_shares_kernel(
-    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, shares_ptr,
+    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, softmax_ptr, shares_ptr,
     K, h, w, H, W, blocks, k_start, k_end,
     ignore_index, label_smoothing,
     SMOOTH: tl.constexpr,
@@ -45,18 +45,21 @@ def corner_shares_kernel(
     )
     plane = tl.cast(h, tl.int64) * w
     logits_ptr += n * K * plane
-    lse_ptr += n * H * W
-    target_ptr += n * H * W
+    pixels = tl.cast(H, tl.int64) * W
+    softmax_ptr += 2 * n * pixels
+    target_ptr += n * pixels
     target, _ = load_target(target_ptr, offs, mask, ignore_index, K)
     counts = target >= 0
     # Infinity makes the probabilities of a pixel that does not count 0, unless its logits are NaN or infinite.
-    lse = load_pixels(lse_ptr, offs, counts, float("inf"))
+    scaled = load_pixels(softmax_ptr, offs, counts, float("inf"))
+    factor = load_pixels(softmax_ptr + pixels, offs, counts, 0.0)  # of the exponential
     own = target.to(tl.float32)  # as a float it is compared in one instruction per class, as an integer in four
 
     if weight_ptr is not None:
-        factor = (1 - label_smoothing) * load_pixels(weight_ptr, target, counts, 0.0)
+        pixel_weight = (1 - label_smoothing) * load_pixels(weight_ptr, target, counts, 0.0)
         if SMOOTH:
-            factor += label_smoothing / K * tl.load(weight_sum_ptr)
+            pixel_weight += label_smoothing / K * tl.load(weight_sum_ptr)
+        factor *= pixel_weight
     if SMOOTH:
         number = tl.where(counts, 1.0, 0.0)
         top_left_number, top_right_number, bottom_left_number, bottom_right_number = corner_sums(number, fy, fx)
@@ -70,9 +73,7 @@ def corner_shares_kernel(
             weight_k = tl.load(weight_ptr + k)
             own_factor *= weight_k
             smooth_factor *= weight_k
-        grad = tl.exp2(class_logits(logits_ptr + k * plane, corners, exists, fy, fx) - lse)
-        if weight_ptr is not None:
-            grad *= factor
+        grad = factor * tl.exp2(class_logits(logits_ptr + k * plane, corners, exists, fy, fx) * LOG2_E - scaled)
         grad = tl.where(own == tl.cast(k, tl.float32), grad - own_factor, grad)
         top_left, top_right, bottom_left, bottom_right = corner_sums(grad, fy, fx)
         if SMOOTH:
@@ -136,7 +137,7 @@ def add_shares_kernel(
 
 def cross_entropy_backward(
     grad: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -149,7 +150,7 @@ def cross_entropy_backward(
 
     Args:
         grad: scalar, on the logits' device.
-        lse: what ``cross_entropy_forward`` returned.
+        softmax: what ``cross_entropy_forward`` returned.
         logits, target, weight, ignore_index, label_smoothing: as given to ``cross_entropy_forward``.
     """
     grad_logits = torch.empty_like(logits)
@@ -168,7 +169,7 @@ def cross_entropy_backward(
         for k_start in range(0, K, slab):
             k_end = min(k_start + slab, K)
             corner_shares_kernel[(programs,)](
-                logits, target, weight, weight_sum, lse, shares,
+                logits, target, weight, weight_sum, softmax, shares,
                 K, h, w, *target.shape[1:], k_start=k_start, k_end=k_end,
                 ignore_index=ignore_index, label_smoothing=label_smoothing, SMOOTH=label_smoothing > 0,
                 **tiles,

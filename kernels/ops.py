@@ -58,7 +58,7 @@ _define(
 
 
 # upsample_cross_entropy: the sums over the valid pixels of the loss and of the weights (their quotient is the mean),
-# and what the backward of the same implementation needs: the kernel a number per pixel, library nothing
+# and what the backward of the same implementation needs: the kernel two numbers per pixel, library nothing
 
 
 def _cross_entropy(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +69,7 @@ def _cross_entropy(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Ten
 
 def _cross_entropy_fake(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     scalar = logits.new_empty((), dtype=torch.float32)
-    saved = target.shape if _runs_triton(options[-1], logits) else 0
+    saved = (len(target), 2, *target.shape[1:]) if _runs_triton(options[-1], logits) else 0
     return scalar, torch.empty_like(scalar), logits.new_empty(saved, dtype=torch.float32)
 
 

@@ -70,9 +70,16 @@ def load_pixels(ptr, offs, mask, other):
 
 
 @triton.jit
+def store_pixels(ptr, offs, values, mask):
+    """Stores in one dimension, for the same reason."""
+    flat: tl.constexpr = offs.numel
+    tl.store(ptr + tl.reshape(offs, flat), tl.reshape(values, flat), mask=tl.reshape(mask, flat))
+
+
+@triton.jit
 def load_corner(plane_ptr, offs, exists):
-    """Logits of one class in units of log 2, -inf as a number so low that its exponential is 0."""
-    z = load_pixels(plane_ptr, offs, exists, 0.0).to(tl.float32) * LOG2_E
+    """Logits of one class, -inf as a number so low that its exponential is 0."""
+    z = load_pixels(plane_ptr, offs, exists, 0.0).to(tl.float32)
     return tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -85,7 +92,7 @@ def interpolate(top_left, top_right, bottom_left, bottom_right, fy, fx):
 
 @triton.jit
 def class_logits(plane_ptr, corners, exists, fy, fx):
-    """The interpolated logits of one class, in units of log 2."""
+    """The interpolated logits of one class."""
     return interpolate(
         load_corner(plane_ptr, corners[0], exists),
         load_corner(plane_ptr, corners[1], exists),

@@ -458,6 +458,18 @@ def test_without_its_packages_the_program_names_the_extra(package: str) -> None:
     assert done.stderr == f"The command line needs the package {package}: pip install 'fastdeeplab[pictures]'\n"
 
 
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["segment photos --out masks", "demo --out masks", "info"])
+def test_an_unknown_value_in_the_environment(command: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photos.parent)
+    monkeypatch.setenv("FASTDEEPLAB_KERNELS", "off")
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 2
+    message = "the environment variable FASTDEEPLAB_KERNELS must be \"torch\" or unset, got 'off'"
+    assert result.stderr == f"error: {message}\n"
+    assert names(photos.parent) == ["photos"]
+
+
 def info() -> str:
     result = CliRunner().invoke(cli.app, ["info"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output

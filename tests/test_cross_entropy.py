@@ -34,9 +34,9 @@ def kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss, the total weight and the gradient of the loss times GRAD."""
     options = (weight, ignore_index, label_smoothing)
-    loss, total_weight, lse = cross_entropy_forward(logits, target, *options)
+    loss, total_weight, softmax = cross_entropy_forward(logits, target, *options)
     grad = torch.tensor(GRAD, device=logits.device)
-    return loss, total_weight, cross_entropy_backward(grad, lse, logits, target, *options)
+    return loss, total_weight, cross_entropy_backward(grad, softmax, logits, target, *options)
 
 
 def pytorch(
@@ -169,11 +169,11 @@ def test_fault_05_size_one_dimensions_with_odd_strides(device: torch.device) -> 
 
 def test_fault_14_all_pixels_ignored(device: torch.device) -> None:
     logits, target = sample(4, (3, 4), (24, 32), device, ignored=1.1)
-    loss, total_weight, lse = cross_entropy_forward(logits, target, None, 255, 0.1)
+    loss, total_weight, softmax = cross_entropy_forward(logits, target, None, 255, 0.1)
     assert float(loss) == float(total_weight) == 0
     assert (loss / total_weight).isnan()
     grad = torch.tensor(float("inf"), device=device)  # what the quotient hands back
-    assert not cross_entropy_backward(grad, lse, logits, target, None, 255, 0.1).any()
+    assert not cross_entropy_backward(grad, softmax, logits, target, None, 255, 0.1).any()
 
 
 def test_fault_12_empty_batch(device: torch.device) -> None:
@@ -213,6 +213,15 @@ def test_a_small_loss_keeps_its_gradient(device: torch.device) -> None:
     assert float((grad - exact).abs().max()) <= 64 * 2**-21  # 64 pixels round each low-resolution logit
 
 
+@pytest.mark.parametrize("scale", [30.0, 300.0])
+def test_large_logits_that_are_right_keep_a_small_loss_exact(scale: float, device: torch.device) -> None:
+    """The loss is small beside the logits: a log-sum-exp in fp32 would round it away."""
+    logits, _ = sample(6, (3, 4), (24, 32), device)
+    logits *= scale
+    target = F.interpolate(logits.double(), size=(24, 32), mode="bilinear", align_corners=False).argmax(1)
+    assert_accurate(logits, target)
+
+
 def test_a_class_of_negative_infinity_has_no_probability(device: torch.device) -> None:
     logits, target = sample(5, (3, 4), (24, 32), device)
     target[target == 1] = 2
@@ -223,6 +232,9 @@ def test_a_class_of_negative_infinity_has_no_probability(device: torch.device) -
     assert relative_error(loss, expected_loss) <= SLACK
     assert relative_error(grad[:, [0, 2, 3, 4]], expected_grad) <= SLACK
     assert not grad[:, 1].any()
+    assert float(kernel(logits, target, label_smoothing=0.1)[0]) == torch.inf
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0], device=device)
+    assert kernel(logits, target, weight, label_smoothing=0.1)[0].isfinite()
     target[0, 12, 16] = 1
     assert float(kernel(logits, target)[0]) == torch.inf
 
@@ -264,9 +276,9 @@ def test_fault_04_more_programs_than_a_launch_can_have() -> None:
     )
     with pytest.raises(ValueError, match="more programs than a launch can have"):
         cross_entropy_forward(logits, target, None, 255, 0.0)
-    grad, lse = torch.empty((), device="meta"), torch.empty(target.shape, device="meta")
+    grad, softmax = torch.empty((), device="meta"), torch.empty((2**31, 2, 1, 1), device="meta")
     with pytest.raises(ValueError, match="more programs than a launch can have"):
-        cross_entropy_backward(grad, lse, logits, target, None, 255, 0.0)
+        cross_entropy_backward(grad, softmax, logits, target, None, 255, 0.0)
 
 
 def test_fault_04_pictures_too_large_to_index(device: torch.device) -> None:
@@ -301,9 +313,9 @@ def test_no_stray_access(
     target[0, 0, :3] = torch.tensor([-(2**40), 10**6, 254], device=device)  # stray targets read nothing either
     weight = torch.rand(5, device=device)
     options = (255, label_smoothing)
-    _, total_weight, lse = cross_entropy_forward(logits, target, weight, *options)
+    _, total_weight, softmax = cross_entropy_forward(logits, target, weight, *options)
     grad = torch.tensor(GRAD, device=device)
-    expected = cross_entropy_backward(grad, lse, logits, target, weight, *options)
+    expected = cross_entropy_backward(grad, softmax, logits, target, weight, *options)
 
     empty, buffers = torch.empty, []
 
@@ -315,12 +327,12 @@ def test_no_stray_access(
     monkeypatch.setattr(torch, "empty", banded_empty)
     monkeypatch.setattr(torch, "empty_like", lambda like: banded_empty(like.shape, dtype=like.dtype, device=device))
     logits, target, weight = banded(logits, torch.nan)[0], banded(target, 254)[0], banded(weight, torch.nan)[0]
-    banded_loss, banded_weight, banded_lse = cross_entropy_forward(logits, target, weight, *options)
+    banded_loss, banded_weight, banded_softmax = cross_entropy_forward(logits, target, weight, *options)
     assert banded_loss.isnan()
     assert torch.equal(banded_weight, total_weight)
-    assert torch.equal(banded_lse, lse)
-    banded_lse, banded_grad = banded(lse, torch.nan)[0], banded(grad, torch.nan)[0]
-    actual = cross_entropy_backward(banded_grad, banded_lse, logits, target, weight, *options)
+    assert torch.equal(banded_softmax, softmax)
+    banded_softmax, banded_grad = banded(softmax, torch.nan)[0], banded(grad, torch.nan)[0]
+    actual = cross_entropy_backward(banded_grad, banded_softmax, logits, target, weight, *options)
     assert torch.equal(actual, expected)
     assert len(buffers) == 4
     for buffer, numel in buffers:
@@ -370,10 +382,10 @@ def test_networks_sizes(K: int, dtype: torch.dtype, size: tuple[int, int], devic
 
 @pytest.mark.gpu
 def test_peak_memory(device: torch.device) -> None:
-    """What is allocated: lse, scratch and gradient; full-size logits would be 2.5 GB."""
+    """What is allocated: two numbers per pixel, scratch and gradient; full-size logits would be 2.5 GB."""
     logits, target = sample(150, (64, 64), (512, 512), device, N=16)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     kernel(logits, target)
     used = torch.cuda.max_memory_allocated(device) - before
-    assert used <= 4 * (target.numel() + logits.numel()) + backward.SCRATCH_BYTES + 2**20
+    assert used <= 4 * (2 * target.numel() + logits.numel()) + backward.SCRATCH_BYTES + 2**20

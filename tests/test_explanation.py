@@ -1,5 +1,7 @@
 """explain() says what runs, and the module flags do what they say."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from fastdeeplab.kernels import library
@@ -35,10 +37,21 @@ def test_a_loss_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert "Tesla T4" not in fdl.explain(fdl.SegmentationLoss(weight=torch.ones(3)))  # on the CPU
 
 
-def test_what_the_kernel_leaves_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdeeplab.explanation.choose", lambda *_: kernels.Choice("triton", "as asked for"))
-    assert 'as asked for; full-size logits with "auto" and reduction "none"' in fdl.explain(fdl.SegmentationLoss())
-    assert fdl.explain(small_model()).endswith("as asked for")
+@pytest.mark.parametrize("kernel", ["auto", "triton"])
+def test_what_auto_leaves_to_pytorch(kernel: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of full-size logits is what the loss does with them."""
+    monkeypatch.setattr("fastdeeplab.explanation.choose", lambda *_: kernels.Choice("triton", "here"))
+    monkeypatch.setattr(kernels, "choose", lambda *_: kernels.Choice("triton", "here"))
+    pytorch = Mock(wraps=library.upsample_cross_entropy)
+    monkeypatch.setattr(library, "upsample_cross_entropy", pytorch)
+    loss = fdl.SegmentationLoss(kernel=kernel)
+    low, full = torch.randn(1, 3, 2, 2, device=device), torch.randn(1, 3, 4, 4, device=device)
+    for logits in (low, full):
+        loss(logits, torch.zeros(1, 4, 4, dtype=torch.uint8, device=device))
+    assert [call.args[0] is full for call in pytorch.call_args_list] == ([True] if kernel == "auto" else [])
+    limit = "; PyTorch for logits that have full size already" if kernel == "auto" else ""
+    assert fdl.explain(loss).endswith(f"here{limit}")
+    assert fdl.explain(small_model()).endswith("here")
 
 
 def test_every_flag_reaches_its_function(monkeypatch: pytest.MonkeyPatch) -> None:

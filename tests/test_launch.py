@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from accuracy import assert_argmax
 from fastdeeplab.kernels import library, reference
 from fastdeeplab.kernels.measure import relative_error
@@ -14,9 +15,16 @@ from torch import Tensor
 from fastdeeplab import kernels
 
 
-def sample(device: torch.device, K: int = 5, low: tuple[int, int] = (2, 3), scale: int = 4) -> tuple[Tensor, Tensor]:
+def sample(
+    device: torch.device, N: int = 2, K: int = 5, low: tuple[int, int] = (2, 3), scale: int = 4
+) -> tuple[Tensor, Tensor]:
     size = (low[0] * scale, low[1] * scale)
-    return torch.randn(2, K, *low, device=device), torch.randint(K, (2, *size), device=device)
+    return torch.randn(N, K, *low, device=device), torch.randint(K, (N, *size), device=device)
+
+
+def large(*values: object) -> ParameterSet:
+    """Parameters that are for a GPU; a test's others are so small that the interpreter runs its body, too."""
+    return pytest.param(*values, marks=pytest.mark.gpu)
 
 
 def argmax(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -127,49 +135,63 @@ def test_fault_11_fp32_is_not_done_in_tf32(impl: str, device: torch.device) -> N
     assert relative_error(leaf.grad, exact_leaf.grad) < 2e-6
 
 
-@pytest.mark.gpu
-def test_fault_01_more_than_2_31_full_size_logits(device: torch.device) -> None:
+@pytest.mark.parametrize(("N", "K", "low"), [(2, 7, (2, 4)), large(8, 150, (128, 256))])
+def test_fault_01_more_than_2_31_full_size_logits(N: int, K: int, low: tuple[int, int], device: torch.device) -> None:
     """Compared picture by picture, since PyTorch's own bilinear is wrong above 2^31 outputs (fault 2)."""
-    logits = torch.randn(8, 150, 128, 256, device=device)
-    target = torch.randint(150, (8, 1024, 2048), device=device)
-    index = kernels.upsample_argmax(logits, (1024, 2048), dtype=torch.uint8, impl="triton")
+    logits, target = sample(device, N, K, low, scale=8)
+    size = tuple(target.shape[1:])
+    index = kernels.upsample_argmax(logits, size, dtype=torch.uint8, impl="triton")
     leaf = logits.clone().requires_grad_()
     loss = kernels.upsample_cross_entropy(leaf, target, reduction="sum", impl="triton")
     loss.backward()
     losses = 0.0
-    for picture in range(8):
+    for picture in range(N):
         one = slice(picture, picture + 1)
-        assert_argmax(index[one], logits[one], (1024, 2048))
+        assert_argmax(index[one], logits[one], size)
         exact_leaf = logits[one].double().requires_grad_()
         exact = reference.upsample_cross_entropy(exact_leaf, target[one], reduction="sum")
         exact.backward()
-        losses += float(exact)
+        losses += float(exact.detach())
         assert relative_error(leaf.grad[one], exact_leaf.grad) < 2e-6
-    assert float(loss) == pytest.approx(losses, rel=1e-6)
+    assert float(loss.detach()) == pytest.approx(losses, rel=1e-6)
 
 
-@pytest.mark.gpu
-def test_fault_02_more_than_2_31_pixels(device: torch.device) -> None:
-    """The last rows of a mask of 2.15e9 pixels, against those rows interpolated alone."""
-    logits, size = torch.randn(1, 3, 60, 50, device=device), (50_000, 43_000)
+@pytest.mark.parametrize("size", [(130, 110), large((50_000, 43_000))])
+def test_fault_02_more_than_2_31_pixels(size: tuple[int, int], device: torch.device) -> None:
+    """The first, middle and last rows of a mask of 2.15e9 pixels, against those rows interpolated alone."""
+    H = size[0]
+    logits = torch.randn(1, 3, 60, 50, device=device)
     index = kernels.upsample_argmax(logits, size, dtype=torch.uint8, impl="triton")
-    for rows in (slice(0, 16), slice(24_990, 25_010), slice(49_984, 50_000)):
-        source_rows = slice(library._lower(60, size[0], rows.start), 60)
+    for rows in (slice(0, 16), slice(H // 2 - 10, H // 2 + 10), slice(H - 16, H)):
+        source_rows = slice(library._lower(60, H, rows.start), 60)
         values = library._Chunk(slice(0, 1), rows, source_rows, size).upsample(logits).double()
         shortfall = values.amax(-1) - values.gather(-1, index[:, rows, :, None].long())[..., 0]
         assert float(shortfall.max()) < 1e-4
 
 
-@pytest.mark.gpu
-def test_fault_03_more_programs_than_65535(device: torch.device) -> None:
+@pytest.mark.parametrize("N", [70, large(70_000)])
+def test_fault_03_more_programs_than_65535(N: int, device: torch.device) -> None:
     """A grid's y and z end there, its x does not."""
-    logits = torch.randn(70_000, 2, 1, 1, device=device)
+    logits = torch.randn(N, 2, 1, 1, device=device)
     expected = logits[:, :, 0, 0].argmax(1)[:, None, None].expand(-1, 2, 2)
     assert torch.equal(kernels.upsample_argmax(logits, (2, 2), impl="triton"), expected)
-    target = torch.zeros(70_000, 2, 2, dtype=torch.int64, device=device)
+    target = torch.zeros(N, 2, 2, dtype=torch.int64, device=device)
     loss = kernels.upsample_cross_entropy(logits, target, impl="triton")
     exact = reference.upsample_cross_entropy(logits.double(), target)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "low", "dtype"), [(2, 3, (2, 3), torch.float16), large(16, 21, (64, 64), torch.bfloat16)]
+)
+def test_the_same_bit_by_bit_in_every_run(
+    N: int, K: int, low: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    logits, target = sample(device, N, K, low, scale=8)
+    logits = logits.to(dtype)
+    first = loss_and_gradient(logits, target)
+    for _ in range(10):
+        assert equal(loss_and_gradient(logits, target), first)
 
 
 @pytest.mark.gpu

@@ -127,6 +127,7 @@ def test_fault_14_target_of_the_wrong_type_or_shape(target: Tensor, message: str
         {"weight": [1.0, 2.0]},
         {"label_smoothing": 1.1},
         {"weight": torch.ones(2, 2)},
+        {"ignore_index": 2**70},
     ],
 )
 def test_wrong_arguments(arguments: dict[str, object]) -> None:

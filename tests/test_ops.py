@@ -40,8 +40,8 @@ def test_opcheck_upsample_cross_entropy(
     torch.library.opcheck(torch.ops.fastdeeplab.upsample_cross_entropy, arguments, test_utils=OP_TESTS)
 
     with torch.no_grad():
-        *_, lse = torch.ops.fastdeeplab.upsample_cross_entropy(*arguments)
-    arguments = (torch.tensor(0.5, device=device), lse, logits.detach(), *arguments[1:])
+        *_, softmax = torch.ops.fastdeeplab.upsample_cross_entropy(*arguments)
+    arguments = (torch.tensor(0.5, device=device), softmax, logits.detach(), *arguments[1:])
     torch.library.opcheck(torch.ops.fastdeeplab.upsample_cross_entropy_backward, arguments, test_utils=OP_TESTS)
 
 
@@ -195,11 +195,11 @@ def test_fake_tensors_have_the_shapes_of_real_ones(device: torch.device) -> None
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor(logits)
         assert torch.ops.fastdeeplab.upsample_argmax(fake, (7, 9), torch.int16, "triton").shape == (2, 7, 9)
-        *scalars, lse = torch.ops.fastdeeplab.upsample_cross_entropy(
+        *scalars, softmax = torch.ops.fastdeeplab.upsample_cross_entropy(
             fake, mode.from_tensor(target), None, 255, 0.0, "triton"
         )
         assert [tuple(scalar.shape) for scalar in scalars] == [(), ()]
-        assert lse.shape == target.shape
+        assert softmax.shape == (len(target), 2, *target.shape[1:])
 
 
 def test_fault_05_stride_zero_gradients(device: torch.device) -> None:
