@@ -224,15 +224,3 @@ def test_a_figure_per_kernel(tmp_path: Path) -> None:
     rows = [as_text(a_row(kernel=k, implementation=i)) for k in ("one", "two") for i in ("eager-fp32", "torch")]
     assert [path.name for path in plot.draw_figures(rows, tmp_path)] == ["one.png", "two.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
-
-
-def test_floors_of_the_known_gpu() -> None:
-    gpu = roofline.GPUS["H200"]
-    argmax = roofline.argmax_work(1, 19, (128, 256), (1024, 2048), logit_bytes=2, index_bytes=8)
-    assert argmax.bytes == 19 * 128 * 256 * 2 + 1024 * 2048 * 8
-    assert argmax.floor(gpu) == pytest.approx(8.1e-3, rel=0.01)  # bound by 6 instructions per pixel and class
-    assert argmax.milliseconds(gpu)["bytes"] == pytest.approx(4.2e-3, rel=0.01)
-    loss = roofline.cross_entropy_work(16, 150, (64, 64), (512, 512), logit_bytes=2, target_bytes=8, heads=2)
-    assert loss.floor(gpu) == pytest.approx(0.766, rel=0.01)  # by 18
-    assert roofline.known_gpu("NVIDIA H200") is gpu
-    assert roofline.known_gpu("NVIDIA GeForce RTX 3090") is None
