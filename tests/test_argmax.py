@@ -6,6 +6,7 @@ from accuracy import assert_argmax, interpolate
 from fastdeeplab.kernels import argmax
 from fastdeeplab.kernels.argmax import TILES, choose_tile, upsample_argmax
 from fastdeeplab.kernels.measure import peak_memory
+from guard_bands import assert_kept, banded, banded_allocations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS
@@ -169,46 +170,24 @@ def test_no_stray_access(
     low: tuple[int, int],
     high: tuple[int, int],
     device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A read outside the logits would give NaN, hence a wrong class; a write outside the index changes the band."""
-    band, empty, buffers = 5000, torch.empty, []
-
-    def banded_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        length = int(torch.Size(shape).numel())
-        buffers.append(torch.full((length + 2 * band,), 77, dtype=dtype, device=device))
-        return buffers[-1][band : band + length].view(shape)
-
     values = torch.randn(2, 4, *low, device=device)
-    surroundings = torch.full((values.numel() + 2 * band,), float("nan"), device=device)
-    logits = surroundings[band:-band].view(values.shape).copy_(values)
-    monkeypatch.setattr(torch, "empty", banded_empty)
-    index = upsample_argmax(logits, high, torch.int32, tile=tile)
-    monkeypatch.setattr(torch, "empty", empty)
+    logits, _ = banded(values, torch.nan)
+    with banded_allocations() as buffers:
+        index = upsample_argmax(logits, high, torch.int32, tile=tile)
     assert_argmax(index, values, high)
-    (buffer,) = buffers
-    assert (buffer[:band] == 77).all()
-    assert (buffer[-band:] == 77).all()
+    assert_kept(buffers)
 
 
-def test_fault_01_strips_past_the_last_cell(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_01_strips_past_the_last_cell(device: torch.device) -> None:
     """The last program goes on past the picture, where positions no longer fit into int32."""
-    high = (89232, 1)
-    buffers: list[Tensor] = []
-    empty = torch.empty
-
-    def banded_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        length = int(torch.Size(shape).numel())
-        buffers.append(torch.full((length + 200_000,), 77, dtype=dtype, device=device))
-        return buffers[-1][100_000 : 100_000 + length].view(shape)
-
+    high, band = (89232, 1), 100_000
     logits = torch.randn(1, 2, 12032, 1, device=device)
-    monkeypatch.setattr(torch, "empty", banded_empty)
-    index = upsample_argmax(logits, high, torch.int16)
-    monkeypatch.setattr(torch, "empty", empty)
+    with banded_allocations(band) as buffers:
+        index = upsample_argmax(logits, high, torch.int16)
     assert_argmax(index, logits, high)
-    assert (buffers[0][:100_000] == 77).all()
-    assert (buffers[0][-100_000:] == 77).all()
+    assert_kept(buffers, band)
 
 
 def test_choose_tile() -> None:

@@ -10,6 +10,7 @@ from fastdeeplab.kernels.cross_entropy import cross_entropy_forward
 from fastdeeplab.kernels.cross_entropy_backward import cross_entropy_backward
 from fastdeeplab.kernels.measure import relative_error
 from fastdeeplab.kernels.tiles import BLOCK, chunk_tiles
+from guard_bands import assert_kept, banded, banded_allocations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS
@@ -288,17 +289,6 @@ def test_fault_04_pictures_too_large_to_index(device: torch.device) -> None:
         chunk_tiles(logits, target)
 
 
-BAND = 4096  # elements before and after
-
-
-def banded(values: Tensor, fill: float) -> tuple[Tensor, Tensor]:
-    """The values inside a larger buffer of ``fill``, and the buffer."""
-    buffer = torch.full((values.numel() + 2 * BAND,), fill, dtype=values.dtype, device=values.device)
-    inner = buffer[BAND : BAND + values.numel()].view(values.shape)
-    inner.copy_(values)
-    return inner, buffer
-
-
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(("low", "high"), [((3, 4), (24, 32)), ((3, 5), (23, 49)), ((7, 5), (3, 4))], ids=str)
 def test_no_stray_access(
@@ -306,7 +296,6 @@ def test_no_stray_access(
     high: tuple[int, int],
     label_smoothing: float,
     device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A read outside a tensor would meet NaN or a stray class; a write outside one would change its bands."""
     logits, target = sample(5, low, high, device, N=2)
@@ -317,27 +306,17 @@ def test_no_stray_access(
     grad = torch.tensor(GRAD, device=device)
     expected = cross_entropy_backward(grad, softmax, logits, target, weight, *options)
 
-    empty, buffers = torch.empty, []
-
-    def banded_empty(*args: Any, **kwargs: Any) -> Tensor:
-        inner, buffer = banded(empty(*args, **kwargs).fill_(torch.nan), -77.0)
-        buffers.append((buffer, inner.numel()))
-        return inner
-
-    monkeypatch.setattr(torch, "empty", banded_empty)
-    monkeypatch.setattr(torch, "empty_like", lambda like: banded_empty(like.shape, dtype=like.dtype, device=device))
     logits, target, weight = banded(logits, torch.nan)[0], banded(target, 254)[0], banded(weight, torch.nan)[0]
-    banded_loss, banded_weight, banded_softmax = cross_entropy_forward(logits, target, weight, *options)
+    with banded_allocations() as buffers:
+        banded_loss, banded_weight, banded_softmax = cross_entropy_forward(logits, target, weight, *options)
+        softmax, grad = banded(softmax, torch.nan)[0], banded(grad, torch.nan)[0]
+        actual = cross_entropy_backward(grad, softmax, logits, target, weight, *options)
     assert banded_loss.isnan()
     assert torch.equal(banded_weight, total_weight)
     assert torch.equal(banded_softmax, softmax)
-    banded_softmax, banded_grad = banded(softmax, torch.nan)[0], banded(grad, torch.nan)[0]
-    actual = cross_entropy_backward(banded_grad, banded_softmax, logits, target, weight, *options)
     assert torch.equal(actual, expected)
     assert len(buffers) == 4
-    for buffer, numel in buffers:
-        assert (buffer[:BAND] == -77).all()
-        assert (buffer[BAND + numel :] == -77).all()
+    assert_kept(buffers)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
