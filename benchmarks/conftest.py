@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, Case, Record
+from cases import DEVICE, Case, ConvCase, Record
 from fastdeeplab.kernels.measure import measure
 from harness import Results, default_path, make_row
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -22,6 +22,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastdeeplab")
     group.addoption("--csv", type=Path, help="append the rows to this file (default: benchmarks/results/<device>.csv)")
     group.addoption("--seconds", type=float, default=0.2, help="how long to repeat each call (default: 0.2)")
+    dtypes = ("bfloat16", "float16", "float32")
+    group.addoption("--dtype", choices=dtypes, default=dtypes[0], help="of the convolutions (default: bfloat16)")
+    group.addoption("--all-tiles", action="store_true", help="measure each tile choice of the convolutions' kernels")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cudnn_benchmark() -> None:
+    """cuDNN's best algorithm for every rival."""
+    torch.backends.cudnn.benchmark = True
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +46,7 @@ def record(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, results:
     def record(
         kernel: str,
         implementation: str,
-        case: Case,
+        case: Case | ConvCase,
         candidate: Callable[..., Any],
         inputs: Sequence[Any],
         reference: Callable[..., Any],
@@ -45,6 +54,8 @@ def record(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, results:
         error: Callable[[Any, Any], float],
         work: Work,
         shape: str | None = None,
+        flop: int | None = None,
+        tile: str = "",
     ) -> None:
         shape = shape or case.shape
         seconds = request.config.getoption("--seconds")
@@ -58,6 +69,8 @@ def record(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, results:
             dtype=case.dtype_name,
             measurement=measurement,
             work=work,
+            flop=flop,
+            tile=tile,
         )
         results.append(row)
 

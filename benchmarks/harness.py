@@ -40,12 +40,13 @@ class Row:
     p80_ms: float
     traffic_bytes: int | None  # what the operation must read and write, the same for every implementation
     gb_per_s: float | None  # that traffic by the median time
-    flop: int | None
-    tflop_per_s: float | None
-    floor_ms: float | None  # roofline.py, where it knows the GPU
+    flop: int | None  # of the whole convolution, multiplications of padding included
+    tflop_per_s: float | None  # above what the GPU can do where padding is left out
+    floor_ms: float | None  # roofline.py, where it knows the GPU; nothing is multiplied with padding
     share_of_floor: float | None  # floor by median time: 1 is the floor itself
     peak_memory_bytes: int
     error_fp64: float  # as the benchmark defines it
+    tile: str  # the kernel's tile choice, where the benchmark sets one
 
 
 COLUMNS = [field.name for field in dataclasses.fields(Row)]
@@ -88,6 +89,7 @@ def make_row(
     measurement: Measurement,
     work: Work | None = None,
     flop: int | None = None,
+    tile: str = "",
 ) -> Row:
     seconds = measurement.p50 / 1000
     name = device_name(device)
@@ -115,6 +117,7 @@ def make_row(
         share_of_floor=floor / measurement.p50 if floor else None,
         peak_memory_bytes=measurement.peak_memory,
         error_fp64=measurement.error,
+        tile=tile,
     )
 
 

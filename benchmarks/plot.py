@@ -14,7 +14,7 @@ from pathlib import Path
 
 Row = dict[str, str]
 
-BASELINE = "eager-fp32"
+BASELINES = ("eager-fp32", "eager")  # of the upsampling kernels, of the convolutions
 RUN = ("commit", "driver", "torch", "triton")
 CASE = ("kernel", "shape", "dtype", "layout")
 
@@ -50,7 +50,7 @@ def cases(rows: list[Row]) -> Iterator[tuple[Row, list[Row]]]:
 
     for _, group in groupby(sorted(rows, key=case), key=case):
         found = list(group)
-        for baseline in (row for row in found if row["implementation"] == BASELINE):
+        for baseline in (row for row in found if row["implementation"] in BASELINES):
             yield baseline, found
 
 
@@ -66,19 +66,23 @@ def heading(row: Row) -> str:
 
 def tables(rows: list[Row]) -> str:
     on_gpu = bool(rows[0]["driver"])
-    names = ["shape", "logits", "implementation", *(["ms (p20 to p80)", "GB/s", "share of floor"] if on_gpu else [])]
-    names += [f"time / {BASELINE}", "peak MB", f"peak / {BASELINE}", "error against fp64"]
     lines = [heading(rows[0])]
     kernel = None
     for baseline, group in cases(rows):
         if baseline["kernel"] != kernel:
-            kernel = baseline["kernel"]
+            kernel, name = baseline["kernel"], baseline["implementation"]
+            names = ["shape", "input", "implementation"]
+            names += ["ms (p20 to p80)", "GB/s", "TFLOP/s", "share of floor"] if on_gpu else []
+            names += [f"time / {name}", "peak MB", f"peak / {name}", "error against fp64"]
             lines += ["", f"### {kernel}", "", f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
         for row in group:
-            cells = [row["shape"], f"{row['dtype']} {row['layout']}", row["implementation"]]
+            named = row["tile"] in row["implementation"]
+            implementation = row["implementation"] if named else f"{row['implementation']} ({row['tile']})"
+            cells = [row["shape"], f"{row['dtype']} {row['layout']}", implementation]
             if on_gpu:
                 times = (f"{float(row[name]):.4f}" for name in ("p50_ms", "p20_ms", "p80_ms"))
                 cells += ["{} ({} to {})".format(*times), f"{float(row['gb_per_s'] or 'nan'):.0f}"]
+                cells += [f"{float(row['tflop_per_s']):.0f}" if row["tflop_per_s"] else ""]
                 cells += [f"{float(row['share_of_floor']):.2f}" if row["share_of_floor"] else ""]
             cells += [f"{ratio(row, baseline, 'p50_ms'):.3f}", f"{int(row['peak_memory_bytes']) / 1e6:.1f}"]
             cells += [f"{ratio(row, baseline, 'peak_memory_bytes'):.3f}", f"{float(row['error_fp64']):.1e}"]
@@ -114,7 +118,7 @@ def draw_figures(rows: list[Row], folder: Path) -> list[Path]:
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_xlabel(f"median time / {BASELINE}")
+        axes.set_xlabel(f"median time / {groups[0][0]['implementation']}")
         axes.set_title(f"{kernel}\n{heading(groups[0][0])}", fontsize="medium")
         axes.legend(fontsize="small")
         paths.append(folder / f"{kernel}.png")

@@ -31,7 +31,7 @@ class SegmentationLoss(nn.Module):
     """
 
     kernel_function = "upsample_cross_entropy"
-    auto_limit = "PyTorch for logits that have full size already"
+    auto_limit = 'PyTorch for logits that have full size already, and for reduction="none"'
 
     def __init__(
         self,

@@ -3,6 +3,8 @@
 Each has ``impl``: ``"triton"`` runs the handwritten kernel (on CUDA tensors, or on CPU tensors under Triton's
 interpreter) and raises where it can't run, ``"torch"`` runs PyTorch, ``"auto"`` the kernel where it can run and gains
 something, and PyTorch elsewhere. ``reference`` has the same functions in the shortest plain PyTorch.
+
+The convolutions' kernels have no gradients: where one is required, ``"auto"`` and ``"torch"`` run PyTorch, which has.
 """
 
 from collections.abc import Sequence
@@ -11,11 +13,163 @@ import torch
 from torch import Tensor
 
 from . import checks, library, ops
-from .choice import Choice, choose
+from .choice import Choice, choose, why_not_kernel_size
 
-FUNCTIONS = ("upsample_argmax", "upsample_cross_entropy")  # those that have a Triton kernel
+FUNCTIONS = (  # those that have a Triton kernel
+    "conv_bn_relu",
+    "aspp_branches",
+    "aspp_projection",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+)
 
-__all__ = ["FUNCTIONS", "Choice", "choose", "ops", "upsample_argmax", "upsample_cross_entropy"]
+__all__ = [
+    "FUNCTIONS",
+    "Choice",
+    "aspp_branches",
+    "aspp_projection",
+    "choose",
+    "conv_bn_relu",
+    "ops",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+]
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    relu: bool = True,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Convolution, folded batch norm, residual and ReLU in one pass over the result.
+
+    ``relu(F.conv2d(x, weight, stride=..., padding=..., dilation=...) * scale + shift + residual)``. The kernel
+    accumulates in fp32, follows PyTorch's setting of TF32 for convolutions, rounds once, and where padding equals the
+    dilation leaves out the taps that only read padding.
+
+    Args:
+        x: (N, C, H, W) of any strides; channels_last, or a slice of such a tensor's channels, is read as it is.
+        weight: (C_out, C, kH, kW) of x's dtype.
+        scale: (C_out,) fp32, or None for 1.
+        shift: (C_out,) fp32.
+        residual: (N, C_out, H', W') of x's dtype, or None.
+        stride, padding, dilation: integers, the same for both axes.
+        relu: whether to end with the ReLU.
+        out: where to write the result, or None: (N, C_out, H', W') of x's dtype, channels_last or a slice of such a
+            tensor's channels.
+        impl: ``"auto"``, ``"triton"`` (for kernels of 1x1 and 3x3) or ``"torch"``.
+
+    Returns:
+        (N, C_out, H', W') in channels_last memory; ``out`` if it was given.
+
+    Raises:
+        ValueError: shapes, types or devices do not fit, or ``out`` overlaps an input.
+        RuntimeError: ``impl`` is ``"triton"`` and the kernel can't run here, or a gradient is required.
+    """
+    checks.check_impl(impl)
+    checks.check_map(x, "x")
+    checks.check_weight(weight, x)
+    checks.check_scale_and_shift(scale, shift, weight.shape[0], x.device)
+    checks.check_count(stride, "stride", 1)
+    checks.check_count(padding, "padding", 0)
+    checks.check_count(dilation, "dilation", 1)
+    shape = checks.output_shape(x, weight, stride, padding, dilation)
+    checks.check_output_shape(shape)
+    checks.check_residual(residual, x, shape)
+    inputs = (x, weight, scale, shift, residual)
+    if out is not None:
+        checks.check_out(out, inputs, x, shape)
+
+    impl = _chosen("conv_bn_relu", impl, x, why_not_kernel_size(weight.shape[2:]))
+    if _needs_gradient("conv_bn_relu", impl, *inputs):
+        return library.conv_bn_relu(*inputs, stride=stride, padding=padding, dilation=dilation, relu=relu)
+    if out is None:
+        return torch.ops.fastdeeplab.conv_bn_relu(*inputs, stride, padding, dilation, relu, impl)
+    torch.ops.fastdeeplab.conv_bn_relu_out(*inputs, stride, padding, dilation, relu, out, impl)
+    return out
+
+
+def aspp_branches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scale: Tensor | None,
+    shift: Tensor,
+    *,
+    rates: Sequence[int],
+    impl: str = "auto",
+) -> Tensor:
+    """The convolutions of atrous spatial pyramid pooling side by side: one 1x1 and a 3x3 for each rate.
+
+    As the concatenation of ``conv_bn_relu(x, weight, ..., padding=rate, dilation=rate)`` over the weights. The kernel
+    computes all branches in one launch and leaves out the taps that only read padding, at large rates most of them
+    (Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017).
+
+    Args:
+        x: (N, C, h, w) of any strides; channels_last, or a slice of such a tensor's channels, is read as it is.
+        weights: (C_b, C, 1, 1), and (C_b, C, 3, 3) for each rate, of x's dtype.
+        scale: ((1 + len(rates)) * C_b,) fp32 in the branches' order, or None for 1.
+        shift: ((1 + len(rates)) * C_b,) fp32.
+        rates: the dilations of the 3x3 convolutions.
+        impl: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        (N, (1 + len(rates)) * C_b, h, w) in channels_last memory, after the ReLU.
+
+    Raises:
+        ValueError: shapes, types or devices do not fit.
+        RuntimeError: ``impl`` is ``"triton"`` and the kernel can't run here, or a gradient is required.
+    """
+    checks.check_impl(impl)
+    checks.check_map(x, "x")
+    checks.check_branch_weights(weights, rates, x)
+    checks.check_scale_and_shift(scale, shift, len(weights) * weights[0].shape[0], x.device)
+    impl = _chosen("aspp_branches", impl, x)
+    if _needs_gradient("aspp_branches", impl, x, *weights, scale, shift):
+        return library.aspp_branches(x, weights, scale, shift, rates=rates)
+    return torch.ops.fastdeeplab.aspp_branches(x, weights, scale, shift, rates, impl)
+
+
+def aspp_projection(
+    branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor, *, impl: str = "auto"
+) -> Tensor:
+    """The 1x1 convolution, batch norm and ReLU that join the branches of atrous spatial pyramid pooling.
+
+    As ``conv_bn_relu`` of the concatenation of ``branches`` and ``pooled``, spread over the map. The pooled branch is
+    the same for all pixels of an image: its share is computed once per image, in fp32, and added.
+
+    Args:
+        branches: (N, C_in - C_p, h, w) of any strides, as ``aspp_branches`` gives it.
+        pooled: (N, C_p, 1, 1), the image pooling branch, of branches' dtype.
+        weight: (C_out, C_in, 1, 1) of branches' dtype; the last C_p input channels are the pooled branch's.
+        scale: (C_out,) fp32, or None for 1.
+        shift: (C_out,) fp32.
+        impl: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        (N, C_out, h, w) in channels_last memory, after the ReLU.
+
+    Raises:
+        ValueError: shapes, types or devices do not fit.
+        RuntimeError: ``impl`` is ``"triton"`` and the kernel can't run here, or a gradient is required.
+    """
+    checks.check_impl(impl)
+    checks.check_map(branches, "branches")
+    checks.check_pooled(pooled, branches)
+    checks.check_projection_weight(weight, branches, pooled)
+    checks.check_scale_and_shift(scale, shift, weight.shape[0], branches.device)
+    impl = _chosen("aspp_projection", impl, branches)
+    if _needs_gradient("aspp_projection", impl, branches, pooled, weight, scale, shift):
+        return library.aspp_projection(branches, pooled, weight, scale, shift)
+    return torch.ops.fastdeeplab.aspp_projection(branches, pooled, weight, scale, shift, impl)
 
 
 def upsample_argmax(
@@ -65,15 +219,16 @@ def upsample_cross_entropy(
     bit by bit in every run.
 
     A logit of minus infinity is a class without probability for the kernel: infinite is the loss of the pixels next to
-    it whose target it is, and with label smoothing of all pixels next to it. PyTorch has NaN at its cells' borders.
+    it whose target it is, and with label smoothing of all pixels next to it. PyTorch has NaN at its cells' borders. The
+    kernel takes logits below -1e20 for minus infinity, and gives NaN where the largest is above 1e9 in magnitude.
 
     Args:
         logits: (N, K, h, w) of any strides, fp32, fp16 or bf16.
         target: (N, H, W) class indices, uint8, int16, int32 or int64.
         weight: (K,) weights of the classes, or None.
         ignore_index: target value of the pixels that do not count.
-        reduction: ``"mean"`` over the valid pixels' weights, ``"sum"``, or ``"none"``, which is PyTorch's own with
-            full-size logits, whatever ``impl`` says, and on a GPU has no deterministic gradient.
+        reduction: ``"mean"`` over the valid pixels' weights, ``"sum"``, or ``"none"``, which has no kernel: it is
+            PyTorch's own with full-size logits, and on a GPU its gradient is not deterministic.
         label_smoothing: in [0, 1].
         check_target: whether to look for targets outside [0, K) on a GPU, too, which synchronises. Compiled code never
             looks, as it can't raise.
@@ -99,9 +254,10 @@ def upsample_cross_entropy(
     if (check_target or target.device.type == "cpu") and not torch.compiler.is_compiling():
         checks.check_target_values(target, logits.shape[1], ignore_index)
 
-    choice = _chosen("upsample_cross_entropy", impl, logits)
+    obstacle = 'reduction="none" has no kernel' if reduction == "none" else None
+    choice = _chosen("upsample_cross_entropy", impl, logits, obstacle)
     full_size = logits.shape[2:] == target.shape[1:]  # with nothing to upsample, each pixel has a chunk of its own
-    if reduction == "none" or choice == "torch" or (impl == "auto" and full_size):
+    if choice == "torch" or (impl == "auto" and full_size):
         return library.upsample_cross_entropy(
             logits,
             target,
@@ -117,8 +273,16 @@ def upsample_cross_entropy(
     return loss / total_weight if reduction == "mean" else loss
 
 
-def _chosen(function: str, impl: str, logits: Tensor) -> str:
-    choice = choose(function, impl, logits.device, logits.dtype)
+def _chosen(function: str, impl: str, tensor: Tensor, *obstacle: str | None) -> str:
+    choice = choose(function, impl, tensor.device, tensor.dtype, *obstacle)
     if choice.impl == "nothing":
         raise RuntimeError(choice.why)
     return choice.impl
+
+
+def _needs_gradient(function: str, impl: str, *inputs: Tensor | None) -> bool:
+    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        return False
+    if impl == "triton":
+        raise RuntimeError(f"{function} has no gradient as a Triton kernel: use torch.no_grad() or another impl")
+    return True

@@ -6,6 +6,7 @@ import os
 import shutil
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,21 +16,25 @@ MIN_CAPABILITY = (8, 0)  # Ampere: bf16 and cp.async
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+CONVOLUTIONS = ("conv_bn_relu", "aspp_branches", "aspp_projection")
+
+
 class Choice(NamedTuple):
-    impl: str  # "triton", "torch", or "nothing" if what was asked for can't run
+    impl: str  # "triton", "torch", "auto" if each layer's shape decides, or "nothing" if what was asked for can't run
     why: str
 
 
-def choose(function: str, impl: str, device: torch.device, dtype: torch.dtype) -> Choice:
+def choose(function: str, impl: str, device: torch.device, dtype: torch.dtype, obstacle: str | None = None) -> Choice:
     """Choose how ``function`` runs on tensors of this device and dtype when ``impl`` is asked for.
 
-    Compiled code keeps the choice that was made while it was traced.
+    ``obstacle`` is one that the arguments' shapes make. Where a layer's shape decides, ``candidates.decide`` does it
+    when the operator runs. Compiled code keeps the choice that was made here while it was traced.
     """
     if kernels_are_off():
         return Choice("torch", "FASTDEEPLAB_KERNELS=torch")
     if impl == "torch":
         return Choice("torch", "as asked for")
-    obstacle = why_not(device, dtype)
+    obstacle = why_not(device, dtype) or obstacle
     if impl == "triton":
         if obstacle:
             return Choice("nothing", f"{function} can't run as a Triton kernel here: {obstacle}")
@@ -38,6 +43,8 @@ def choose(function: str, impl: str, device: torch.device, dtype: torch.dtype) -
         return Choice("torch", obstacle)
     if device.type == "cpu":
         return Choice("torch", "the interpreter is for tests")
+    if function in CONVOLUTIONS:
+        return Choice("auto", "by each layer's shape: what was measured to be faster, else what is predicted to be")
     return Choice("triton", "predicted: it never writes the full-size logits")
 
 
@@ -78,6 +85,22 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
     return _why_triton_can_not_compile()
+
+
+def why_not_kernel_size(size: Sequence[int]) -> str | None:
+    """Why the convolutions' kernels can't run a weight with this (kH, kW); None if they can."""
+    return None if tuple(size) in ((1, 1), (3, 3)) else "the weight is neither 1x1 nor 3x3"
+
+
+def convolution_precision(device: torch.device) -> str:
+    """How fp32 convolutions multiply: ``"tf32"`` or ``"ieee"``, as PyTorch's own do.
+
+    ``torch.backends.cudnn.conv.fp32_precision`` says so whether the setting was made there, for all of cuDNN, for all
+    of PyTorch or by the legacy ``allow_tf32``; reading that raises once the newer settings were used. PyTorch's
+    convolutions use TF32 where it is ``"tf32"`` alone: ``"none"``, nothing set anywhere, is IEEE arithmetic.
+    """
+    tf32 = device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if tf32 else "ieee"
 
 
 def _why_triton_can_not_compile() -> str | None:

@@ -4,6 +4,8 @@ Full-size logits are worked through in chunks, some rows of some pictures at a t
 caches. A chunk is interpolated along x, for the few low-resolution rows that it touches, and then along y: an eighth of
 the interpolations along x that ``F.interpolate`` makes at output stride 8. Its classes lie side by side, which is the
 order in which all that follows reads them.
+
+Convolutions run in channels_last memory, their folded batch norm inside: the scale in the weight, the shift as bias.
 """
 
 import functools
@@ -22,10 +24,10 @@ def _full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep autocast from rounding the matrix products inside."""
 
     @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+    def call(*args: Any, **kwargs: Any) -> Any:
+        device = next(arg.device.type for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
         with torch.autocast(device, enabled=False):
-            return function(*args)
+            return function(*args, **kwargs)
 
     return call
 
@@ -48,8 +50,8 @@ def upsample_cross_entropy(
     check_target: bool = False,
 ) -> Tensor:
     weight = None if weight is None else weight.float()
-    if reduction == "none":
-        return _cross_entropy_per_pixel(logits, target, weight, ignore_index, label_smoothing)
+    if reduction == "none" or logits.shape[2:] == target.shape[1:]:
+        return _cross_entropy_at_full_size(logits, target, weight, ignore_index, reduction, label_smoothing)
     # The operator saves no chunks for the backward; it computes them anew.
     loss, total_weight, _ = torch.ops.fastdeeplab.upsample_cross_entropy(
         logits, target, weight, ignore_index, label_smoothing, "torch"
@@ -57,20 +59,23 @@ def upsample_cross_entropy(
     return loss / total_weight if reduction == "mean" else loss
 
 
-def _cross_entropy_per_pixel(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+def _cross_entropy_at_full_size(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> Tensor:
-    """The loss of each pixel, as large as the full-size logits; NaN where the target is no class."""
+    """PyTorch's loss of full-size logits; NaN where the target is no class, and for their sum or mean."""
+    logits = logits.float()
+    if logits.shape[2:] != target.shape[1:]:
+        logits = F.interpolate(logits, size=target.shape[1:], mode="bilinear", align_corners=False)
     _, counts, stray = _read_target(target, logits.shape[1], ignore_index)
-    losses = F.cross_entropy(
-        F.interpolate(logits.float(), size=target.shape[1:], mode="bilinear", align_corners=False),
+    loss = F.cross_entropy(
+        logits,
         torch.where(counts, target.long(), ignore_index),
         weight,
         ignore_index=ignore_index,
-        reduction="none",
+        reduction=reduction,
         label_smoothing=label_smoothing,
     )
-    return losses.masked_fill(stray, torch.nan)
+    return loss + torch.where(stray if reduction == "none" else stray.any(), torch.nan, 0.0)
 
 
 @_full_precision
@@ -131,6 +136,125 @@ def cross_entropy_backward(
         total[chunk.images, chunk.source_rows] += along_x.T @ values
     # Exactly 0 stays 0 if grad is infinite: the mean over no pixels at all.
     return torch.empty_like(logits).copy_(torch.where(total == 0, 0.0, total * grad).permute(0, 3, 1, 2))
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    relu: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    y = conv_pointwise(x, weight, scale, shift, residual, stride, padding, dilation, relu)
+    return y if out is None else out.copy_(y)
+
+
+def aspp_branches(
+    x: Tensor, weights: Sequence[Tensor], scale: Tensor | None, shift: Tensor, *, rates: Sequence[int]
+) -> Tensor:
+    return concatenated_branches(conv_pointwise, x, weights, scale, shift, rates)
+
+
+@_full_precision
+def aspp_projection(branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor) -> Tensor:
+    weight, shift = split_projection(branches, pooled, weight, scale, shift)
+    y = F.conv2d(_channels_last(branches), _folded(weight, scale))
+    return _channels_last(y.add_(shift[:, :, None, None]).relu_())
+
+
+@_full_precision
+def conv_pointwise(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    relu: bool,
+) -> Tensor:
+    """The convolution, then a pass over its result for the residual and one for the ReLU."""
+    y = F.conv2d(_channels_last(x), _folded(weight, scale), shift.to(x.dtype), stride, padding, dilation)
+    y = y if residual is None else y.add_(residual)
+    return _channels_last(y.relu_() if relu else y)
+
+
+@_full_precision
+def cudnn_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    relu: bool,
+) -> Tensor:
+    """All in one call of cuDNN, on CUDA tensors without gradients; there is none of it without ReLU."""
+    if not relu:
+        return conv_pointwise(x, weight, scale, shift, residual, stride, padding, dilation, relu)
+    x, weight, bias = _channels_last(x), _folded(weight, scale), shift.to(x.dtype)
+    geometry = ([stride] * 2, [padding] * 2, [dilation] * 2, 1)
+    if residual is None:
+        return _channels_last(torch.cudnn_convolution_relu(x, weight, bias, *geometry))
+    residual = _channels_last(residual)
+    if residual.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        residual = residual.clone()  # it may not alias the input: pytorch#62926
+    return _channels_last(torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry))
+
+
+FORMS: dict[str, Callable[..., Tensor]] = {"conv_pointwise": conv_pointwise, "cudnn_relu": cudnn_relu}
+
+
+def concatenated_branches(
+    convolve: Callable[..., Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scale: Tensor | None,
+    shift: Tensor,
+    rates: Sequence[int],
+) -> Tensor:
+    """ASPP's branches by one of the FORMS."""
+    scales = [None] * len(weights) if scale is None else scale.chunk(len(weights))
+    branches = [
+        convolve(x, weight, scale_of_branch, shift_of_branch, None, 1, rate, max(rate, 1), True)
+        for weight, scale_of_branch, shift_of_branch, rate in zip(
+            weights, scales, shift.chunk(len(weights)), (0, *rates), strict=True
+        )
+    ]
+    return torch.cat(branches, dim=1)
+
+
+@_full_precision
+def split_projection(
+    branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The branches' part of the weight, and the shift (N, C_out) with the pooled branch, constant per image, in it."""
+    own, of_pooled = weight.tensor_split([branches.shape[1]], dim=1)
+    pooled, of_pooled = (
+        values.flatten(1).to(torch.promote_types(values.dtype, torch.float32)) for values in (pooled, of_pooled)
+    )
+    share = pooled @ of_pooled.T
+    return own, shift + (share if scale is None else share * scale)
+
+
+def _folded(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The weight with the scale of its output channels, rounded once; in channels_last memory."""
+    if scale is not None:
+        weight = (weight * scale[:, None, None, None]).to(weight.dtype)
+    return _channels_last(weight)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class _Chunk(NamedTuple):

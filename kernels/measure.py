@@ -56,6 +56,18 @@ def relative_error(actual: Tensor | Sequence[Tensor], expected: Tensor | Sequenc
     return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
 
+def largest_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference of two elements, in fp64, over the largest magnitude expected; inf where shapes differ.
+
+    Unlike ``relative_error`` it shows a single wrong element among millions.
+    """
+    if actual.shape != expected.shape:
+        return math.inf
+    difference = float((actual.double() - expected.double()).abs().max())
+    scale = float(expected.double().abs().max())
+    return difference / scale if scale else difference
+
+
 def measure(
     candidate: Callable[..., Any],
     inputs: Sequence[Any],

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from . import library
-from .choice import interpreting
+from .candidates import Decision, Layer, Tile, decide
+from .checks import output_shape, pixel_pitch
+from .choice import convolution_precision, interpreting, why_not
 
 _library = torch.library.Library("fastdeeplab", "DEF")
 
@@ -116,3 +118,182 @@ torch.library.register_autograd(
     "fastdeeplab::upsample_cross_entropy", _cross_entropy_autograd, setup_context=_save_for_backward, lib=_library
 )
 torch.library.register_autograd("fastdeeplab::upsample_cross_entropy_backward", _no_second_derivative, lib=_library)
+
+
+# The fused convolutions. "auto" is decided when an operator runs, by the shapes it then gets; none has gradients.
+
+
+def _decide(layer: Layer, impl: str, x: Tensor) -> Decision:
+    possible = x.is_cuda and why_not(x.device, x.dtype) is None if impl == "auto" else _runs_triton(impl, x)
+    decision = decide(layer, impl if possible else "torch", x.device)
+    if decision.impl == "nothing":
+        raise RuntimeError(f"{layer.function} can't run as a Triton kernel here: {decision.why}")
+    return decision
+
+
+def _launchers(tile: Tile) -> ModuleType:
+    return _triton("conv" if tile.kernel == "pointer" else "conv_tma")
+
+
+def _channels_last(x: Tensor, dense: bool = False) -> Tensor:
+    """In the launchers' layout: NHWC, the pixels one pitch apart, every stride as the addresses ask for.
+
+    A slice of a channels_last tensor's channels stays what it is, unless it is to be ``dense``.
+    """
+    _, C, H, W = x.shape
+    pitch = pixel_pitch(x)
+    if pitch is None or (dense and pitch != C):
+        x, pitch = x.contiguous(memory_format=torch.channels_last), C
+    strides = (H * W * pitch, 1, W * pitch, pitch)
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
+def _precision(x: Tensor) -> str:
+    return convolution_precision(x.device) if x.dtype == torch.float32 else "tf32"
+
+
+def _aligned(*tensors: Tensor | None) -> bool:
+    """Whether every pixel starts at a multiple of 16 bytes."""
+    return all(
+        tensor is None or (tensor.data_ptr() % 16 == 0 and tensor.stride(3) * tensor.itemsize % 16 == 0)
+        for tensor in tensors
+    )
+
+
+def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    relu: bool,
+    *,
+    out: Tensor | None,
+    impl: str,
+) -> Tensor:
+    shape = output_shape(x, weight, stride, padding, dilation)
+    if shape[0] == 0:
+        return _empty(x, shape)
+    x, weight = _channels_last(x), _channels_last(weight, dense=True)
+    residual = None if residual is None else _channels_last(residual)
+    target = None if out is None else _channels_last(out)
+    layer = Layer.of(
+        "conv_bn_relu", x.shape, weight.shape, x.dtype, stride=stride, padding=padding, dilations=(dilation,),
+        residual=residual is not None, relu=relu, aligned=_aligned(x, weight, residual, target),
+        precision=_precision(x),
+    )  # fmt: skip
+    decision = _decide(layer, impl, x)
+    if decision.impl == "torch":
+        y = library.FORMS[decision.form](x, weight, scale, shift, residual, stride, padding, dilation, relu)
+        return _channels_last(y) if out is None else out.copy_(y)
+    assert decision.tile is not None
+    target = _empty(x, shape) if target is None else target
+    _launchers(decision.tile).conv_bn_relu(
+        x, weight, None if scale is None else scale.contiguous(), shift.contiguous(), residual, target,
+        stride=stride, padding=padding, dilation=dilation, relu=relu,
+        tile=decision.tile, precision=layer.precision,
+    )  # fmt: skip
+    return target
+
+
+def _conv_bn_relu(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    *options, impl = arguments
+    return _convolve(x, weight, *options, out=None, impl=impl)
+
+
+def _conv_bn_relu_out(x: Tensor, weight: Tensor, *arguments: Any) -> None:
+    *options, out, impl = arguments
+    _convolve(x, weight, *options, out=out, impl=impl)
+
+
+def _conv_bn_relu_fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    *_, stride, padding, dilation, _, _ = arguments
+    return _empty(x, output_shape(x, weight, stride, padding, dilation))
+
+
+def _conv_bn_relu_out_fake(*_: Any) -> None:
+    pass
+
+
+_CONVOLUTION = (
+    "Tensor x, Tensor weight, Tensor? scale, Tensor shift, Tensor? residual, "
+    "SymInt stride, SymInt padding, SymInt dilation, bool relu"
+)
+_define(f"conv_bn_relu({_CONVOLUTION}, str impl) -> Tensor", _conv_bn_relu, _conv_bn_relu_fake)
+_define(f"conv_bn_relu_out({_CONVOLUTION}, Tensor(a!) out, str impl) -> ()", _conv_bn_relu_out, _conv_bn_relu_out_fake)
+
+
+def _aspp_branches(
+    x: Tensor, weights: Sequence[Tensor], scale: Tensor | None, shift: Tensor, rates: Sequence[int], impl: str
+) -> Tensor:
+    if len(x) == 0:
+        return _aspp_branches_fake(x, weights)
+    x, weights = _channels_last(x), [_channels_last(weight, dense=True) for weight in weights]
+    layer = Layer.of(
+        "aspp_branches", x.shape, weights[-1].shape, x.dtype, dilations=tuple(rates), aligned=_aligned(x, *weights),
+        precision=_precision(x),
+    )  # fmt: skip
+    decision = _decide(layer, impl, x)
+    if decision.impl == "torch":
+        convolve = library.FORMS[decision.form]
+        return _channels_last(library.concatenated_branches(convolve, x, weights, scale, shift, rates))
+    assert decision.tile is not None
+    out = _aspp_branches_fake(x, weights)
+    _launchers(decision.tile).aspp_branches(
+        x, weights, None if scale is None else scale.contiguous(), shift.contiguous(), out,
+        rates=rates, tile=decision.tile, precision=layer.precision,
+    )  # fmt: skip
+    return out
+
+
+def _aspp_branches_fake(x: Tensor, weights: Sequence[Tensor], *_: Any) -> Tensor:
+    return _empty(x, (x.shape[0], sum(weight.shape[0] for weight in weights), *x.shape[2:]))
+
+
+_define(
+    "aspp_branches(Tensor x, Tensor[] weights, Tensor? scale, Tensor shift, SymInt[] rates, str impl) -> Tensor",
+    _aspp_branches,
+    _aspp_branches_fake,
+)
+
+
+def _aspp_projection(
+    branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor, impl: str
+) -> Tensor:
+    if len(branches) == 0:
+        return _aspp_projection_fake(branches, pooled, weight)
+    branches = _channels_last(branches)
+    own_shape = (weight.shape[0], branches.shape[1], 1, 1)
+    layer = Layer.of(
+        "aspp_projection", branches.shape, own_shape, branches.dtype, aligned=_aligned(branches),
+        precision=_precision(branches),
+    )  # fmt: skip
+    decision = _decide(layer, impl, branches)
+    if decision.impl == "torch":
+        return _channels_last(library.aspp_projection(branches, pooled, weight, scale, shift))
+    own_weight, shift = library.split_projection(branches, pooled, weight, scale, shift)
+    assert decision.tile is not None
+    out = _aspp_projection_fake(branches, pooled, weight)
+    _launchers(decision.tile).aspp_projection(
+        branches, shift, _channels_last(own_weight, dense=True), None if scale is None else scale.contiguous(), out,
+        tile=decision.tile, precision=layer.precision,
+    )  # fmt: skip
+    return out
+
+
+def _aspp_projection_fake(branches: Tensor, pooled: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return _empty(branches, (branches.shape[0], weight.shape[0], *branches.shape[2:]))
+
+
+_define(
+    "aspp_projection(Tensor branches, Tensor pooled, Tensor weight, Tensor? scale, Tensor shift, str impl) -> Tensor",
+    _aspp_projection,
+    _aspp_projection_fake,
+)

@@ -34,5 +34,45 @@ def upsample_cross_entropy(
     )
 
 
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    relu: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    y = F.conv2d(x, weight, stride=stride, padding=padding, dilation=dilation)
+    y = (y if scale is None else y * _per_channel(scale)) + _per_channel(shift)
+    y = y if residual is None else y + residual
+    y = y.relu() if relu else y
+    return y if out is None else out.copy_(y)
+
+
+def aspp_branches(
+    x: Tensor, weights: Sequence[Tensor], scale: Tensor | None, shift: Tensor, *, rates: Sequence[int]
+) -> Tensor:
+    branches = [F.conv2d(x, weights[0])]
+    branches += [
+        F.conv2d(x, weight, padding=rate, dilation=rate) for weight, rate in zip(weights[1:], rates, strict=True)
+    ]
+    y = torch.cat(branches, dim=1)
+    return ((y if scale is None else y * _per_channel(scale)) + _per_channel(shift)).relu()
+
+
+def aspp_projection(branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor) -> Tensor:
+    x = torch.cat([branches, pooled.expand(-1, -1, *branches.shape[2:])], dim=1)
+    return conv_bn_relu(x, weight, scale, shift)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
 def _upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)

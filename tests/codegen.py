@@ -7,9 +7,14 @@ what is checked is specialised as a launch would be. Checked: no spills, no loca
 chip's limit, the instructions that a case demands. Prints a table; exits with 1 if a check fails. Runs in a process of
 its own, since kernels that were defined under TRITON_INTERPRET cannot be compiled. A new kernel adds a function that
 yields its cases to CASES.
+
+Of a matrix product it is also checked that its loop loads asynchronously (cp.async or TMA), and that on sm_90 both
+operands come from shared memory.
 """
 
 import argparse
+import itertools
+import multiprocessing
 import os
 import re
 import subprocess
@@ -25,7 +30,8 @@ from typing import Any
 
 import torch
 import triton
-from fastdeeplab.kernels import argmax
+from fastdeeplab.kernels import argmax, conv, conv_tma
+from fastdeeplab.kernels.candidates import IEEE_TILES, TILES, Tile, ships
 from fastdeeplab.kernels.cross_entropy import cross_entropy_forward
 from fastdeeplab.kernels.cross_entropy_backward import cross_entropy_backward
 from torch import Tensor
@@ -34,6 +40,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory that a program may use
+MAX_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}  # of a multiprocessor
+MULTIPLY = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "FFMA")  # instructions of a matrix product, the first that occurs
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Case:
     # By Triton kernel, for each of its loops over the classes an opcode that is issued once per pixel and class: what
     # instructions are counted by.
     units: dict[str, tuple[str, ...]]
-    demands: tuple[str, ...] = ()  # regular expressions that some instruction must match
+    demand: str = ""  # a regular expression that some instruction of the first kernel must match
     architectures: tuple[int, ...] = tuple(SHARED_LIMITS)
 
 
@@ -63,7 +71,7 @@ def argmax_cases() -> Iterator[Case]:
             dtypes=f"{logits.dtype} -> {index}".replace("torch.", ""),
             launch=partial(argmax.upsample_argmax, logits, size, index, tile=tile),
             units={"upsample_argmax_kernel": ("FMNMX.NAN",)},
-            demands=(indices[index],) if whole_strips else (),
+            demand=indices[index] if whole_strips else "",
         )
 
     for tile, dtype in product(argmax.TILES, (torch.float32, torch.float16, torch.bfloat16)):
@@ -130,7 +138,70 @@ def cross_entropy_cases() -> Iterator[Case]:
         yield case("plain", ratio, torch.bfloat16, plain)
 
 
-CASES = (argmax_cases, cross_entropy_cases)
+def conv_cases() -> Iterator[Case]:
+    """Every tile choice with every epilogue and way of reading, for the architectures that it ships for."""
+
+    def map_of(channels: int, dtype: torch.dtype, size: int = 32) -> Tensor:
+        return torch.empty(2, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+
+    def convolution(kind: str, tile: Tile, dtype: torch.dtype, channels: int = 256, precision: str = "tf32") -> None:
+        kernel, stride = int(kind[0]), 2 if "stride 2" in kind else 1
+        dilation = 6 if "dilated" in kind else 1
+        launcher = conv if tile.kernel == "pointer" else conv_tma
+        shared = {"tile": tile, "precision": precision}
+        x, out = map_of(channels, dtype), map_of(channels, dtype, 32 // stride)
+        weights = [map_of(channels, dtype, kernel)[:1].repeat(channels, 1, 1, 1) for kernel in (1, 3)]
+        weights = [weight.contiguous(memory_format=torch.channels_last) for weight in weights]
+        scale, shift = torch.empty(channels), torch.empty(channels)
+        if "branches" in kind:
+            scale, shift, out = torch.empty(4 * channels), torch.empty(4 * channels), map_of(4 * channels, dtype)
+            launcher.aspp_branches(x, [weights[0], *3 * [weights[1]]], scale, shift, out, rates=(6, 12, 18), **shared)
+        elif "projection" in kind:
+            launcher.aspp_projection(x, torch.empty(2, channels), weights[0], scale, out, **shared)
+        else:
+            residual = map_of(channels, dtype) if "residual" in kind else None
+            options = {"stride": stride, "padding": dilation * (kernel // 2), "dilation": dilation, "relu": True}
+            launcher.conv_bn_relu(x, weights[kernel // 2], scale, shift, residual, out, **options, **shared)
+
+    def case(kind: str, architectures: tuple[int, ...], tile: Tile, dtype: torch.dtype, **options: Any) -> Case:
+        return Case(
+            kernel=f"conv {tile.kernel}",
+            choice=f"{kind} {tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps",
+            dtypes=" ".join([str(dtype).removeprefix("torch."), *map(str, options.values())]),
+            launch=partial(convolution, kind, tile, dtype, **options),
+            units={},
+            demand="" if tile.kernel == "pointer" else "UTMASTG",
+            architectures=architectures,
+        )
+
+    floats = (torch.bfloat16, torch.float16, torch.float32)
+    kinds = {
+        "pointer": {
+            "1x1 residual": floats,
+            "3x3 dilated": (torch.bfloat16, torch.float32),
+            "3x3 stride 2": (torch.bfloat16,),
+            "1x1 and 3x3 branches": (torch.bfloat16,),
+            "1x1 projection": (torch.bfloat16,),
+        },
+        "gemm_tma": {"1x1 residual": floats, "1x1 projection": (torch.bfloat16,)},
+        "boxes_tma": {"3x3 dilated": floats, "1x1 and 3x3 branches": (torch.bfloat16,)},
+    }
+    for row in TILES:
+        for kind, dtypes in kinds[row[1].kernel].items():
+            for dtype in dtypes:
+                architectures = tuple(architecture for architecture in SHARED_LIMITS if ships(row, architecture, dtype))
+                tile = row[1]._replace(block_k=2 * row[1].block_k // dtype.itemsize)
+                yield case(kind, architectures, tile._replace(skip="dilated" in kind or "branches" in kind), dtype)
+    for (architectures, tile), kind in product(IEEE_TILES, kinds["pointer"]):
+        yield case(kind, architectures, tile._replace(skip="dilated" in kind), torch.float32, precision="ieee")
+    for kernel in ("pointer", "boxes_tma"):
+        architectures, tile = min(row for row in TILES if row[1].kernel == kernel)
+        yield case("3x3 dilated", architectures, tile._replace(splits=4, skip=True), torch.bfloat16)
+        yield case("3x3 dilated", architectures, tile._replace(skip=True), torch.bfloat16, channels=40)
+    yield case("1x1 stride 2", tuple(SHARED_LIMITS), TILES[0][1], torch.bfloat16)
+
+
+CASES = (argmax_cases, cross_entropy_cases, conv_cases)
 
 
 class StubDriver:
@@ -183,6 +254,8 @@ class Machine:
     registers: int
     stack: int
     shared: int
+    warps: int
+    product: bool  # of matrices
     instructions: list[tuple[int, str]]  # address, text without the predicate
 
     @staticmethod
@@ -199,6 +272,8 @@ class Machine:
             registers=int(re.findall(r"REG:(\d+)", usage)[0]),
             stack=int(re.findall(r"STACK:(\d+)", usage)[0]),
             shared=kernel.metadata.shared,
+            warps=kernel.metadata.num_warps,
+            product="tt.dot" in kernel.asm["ttir"],
             instructions=[
                 (int(address, 16), text)
                 for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?\s*([^;]+?) ?;", sass)
@@ -213,15 +288,43 @@ class Machine:
         return sum(map(self.per_unit, units))
 
     def per_unit(self, unit: str) -> float:
-        backward = [
+        loops = [loop for loop in self.loops() if self.count(unit, *loop)] or [(0, sys.maxsize)]
+        return min(self.count("", *loop) / max(self.count(unit, *loop), 1) for loop in loops)
+
+    def loops(self) -> list[tuple[int, int]]:
+        """First and last address of each."""
+        return [
             (int(target[1], 16), address)
             for address, text in self.instructions
             if (target := re.match(r"BRA.*0x([0-9a-f]+)", text)) and int(target[1], 16) < address
         ]
-        loops = [loop for loop in backward if self.count(unit, *loop)] or [(0, sys.maxsize)]
-        return min(self.count("", *loop) / max(self.count(unit, *loop), 1) for loop in loops)
 
-    def faults(self, case: Case, units: tuple[str, ...], architecture: int) -> Iterator[str]:
+    def resident(self, architecture: int) -> int:
+        """Programs on a multiprocessor at once: registers are allotted to warps by 256, shared memory by KiB."""
+        registers = 65536 // (-(-self.registers * 32 // 256) * 256 * self.warps)
+        shared = (SHARED_LIMITS[architecture] + 1) * 1024 // (-(-self.shared // 1024) * 1024 + 1024)
+        return min(registers, shared, MAX_WARPS[architecture] // self.warps)
+
+    def operands(self) -> str:
+        """Where a Hopper matrix product has its first operand; the second is always in shared memory."""
+        texts = [text for _, text in self.instructions if text.startswith("HGMMA")]
+        if not texts:
+            return "-"
+        return "registers" if any(re.match(r"HGMMA\S* R\d+, R\d+", text) for text in texts) else "shared"
+
+    def product_faults(self) -> Iterator[str]:
+        if self.operands() == "registers":
+            yield "an operand in registers"
+        opcode = next(opcode for opcode in MULTIPLY if self.count(opcode))
+        # The smallest: code that is rarely needed stands at the end, and its way back looks like a larger loop.
+        loops = [loop for loop in self.loops() if self.count(opcode, *loop)]
+        loop = min(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+        if not self.count("LDGSTS", *loop) + self.count("UTMALDG", *loop):
+            yield "no asynchronous load in the loop"
+        if self.count("LDG.", *loop):
+            yield f"{self.count('LDG.', *loop)} synchronous loads in the loop"
+
+    def faults(self, units: tuple[str, ...], demand: str, architecture: int) -> Iterator[str]:
         if self.stack or self.count("STL") or self.count("LDL"):
             yield f"{self.stack} bytes of stack, {self.count('STL')} STL and {self.count('LDL')} LDL"
         if self.shared > SHARED_LIMITS[architecture] * 1024:
@@ -229,48 +332,74 @@ class Machine:
         for unit in units:
             if not self.count(unit):
                 yield f"no {unit} to count by"
-        for demand in case.demands:
-            if not any(re.match(demand, text) for _, text in self.instructions):
-                yield f"no instruction matches {demand}"
+        if not any(re.match(demand, text) for _, text in self.instructions):
+            yield f"no instruction matches {demand}"
+        if self.product:
+            yield from self.product_faults()
+
+
+LAYOUT = "{:22} {:44} {:18} {:7} {:>9} {:>6} {:>7} {:>8} {:>9} {:>12} {:>19}  {}".format
+
+
+def compile_case(case: Case, architecture: int) -> list[tuple[str, bool]]:
+    """The rows of the table of one case, and whether something is wrong with each."""
+    with compiling_launches(architecture) as compiled:
+        case.launch()
+    rows = []
+    for kernel in compiled:
+        machine = Machine.read(kernel)
+        demand = case.demand if kernel is compiled[0] else ""
+        units = case.units.get(kernel.metadata.name, ())
+        faults = "; ".join(machine.faults(units, demand, architecture))
+        row = LAYOUT(
+            kernel.metadata.name,
+            case.choice,
+            case.dtypes,
+            f"sm_{architecture}",
+            machine.registers,
+            machine.stack,
+            machine.shared,
+            machine.resident(architecture),
+            machine.operands(),
+            machine.count(""),
+            f"{machine.per_pixel_and_class(units):.2f}" if units else "-",
+            faults or "-",
+        )
+        rows.append((row, bool(faults)))
+    return rows
+
+
+def compile_job(job: tuple[str, int, int]) -> list[tuple[str, bool]]:
+    name, number, architecture = job
+    return compile_case(cases(name)[number], architecture)
+
+
+def cases(name: str) -> list[Case]:
+    return [case for family in CASES for case in family() if re.search(name, case.kernel)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--kernel", default="", help="a regular expression: only kernels whose name it matches")
     parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED_LIMITS), choices=list(SHARED_LIMITS))
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET must be unset: the interpreter's kernels cannot be compiled")
 
     print(f"triton {triton.__version__}, torch {torch.__version__}")
-    layout = "{:22} {:24} {:18} {:7} {:>9} {:>6} {:>7} {:>12} {:>20}  {}".format
-    columns = "kernel", "choice", "dtypes", "arch", "registers", "spills", "shared"
-    print(layout(*columns, "instructions", "per pixel and class", "faults"))
+    columns = "kernel", "choice", "dtypes", "arch", "registers", "spills", "shared", "resident", "operands"
+    print(LAYOUT(*columns, "instructions", "per pixel and class", "faults"), flush=True)
+    jobs = [
+        (options.kernel, number, architecture)
+        for number, case in enumerate(cases(options.kernel))
+        for architecture in options.arch
+        if architecture in case.architectures
+    ]
     failed = False
-    for case in (case for cases in CASES for case in cases() if options.kernel in case.kernel):
-        for architecture in (a for a in options.arch if a in case.architectures):
-            with compiling_launches(architecture) as compiled:
-                case.launch()
-            for kernel in compiled:
-                machine = Machine.read(kernel)
-                units = case.units.get(kernel.metadata.name, ())
-                faults = "; ".join(machine.faults(case, units, architecture))
-                failed |= bool(faults)
-                print(
-                    layout(
-                        kernel.metadata.name,
-                        case.choice,
-                        case.dtypes,
-                        f"sm_{architecture}",
-                        machine.registers,
-                        machine.stack,
-                        machine.shared,
-                        machine.count(""),
-                        f"{machine.per_pixel_and_class(units):.2f}" if units else "-",
-                        faults or "-",
-                    ),
-                    flush=True,
-                )
+    with multiprocessing.get_context("spawn").Pool() as pool:  # forked, PyTorch's threads would be missing
+        for row, faulty in itertools.chain.from_iterable(pool.imap(compile_job, jobs)):
+            print(row, flush=True)
+            failed |= faulty
     return int(failed)
 
 

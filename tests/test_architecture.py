@@ -34,10 +34,19 @@ def test_kernels_know_nothing_of_the_model(path: Path) -> None:
     assert top_level(imports(path)) - set(sys.stdlib_module_names) <= CORE
 
 
-@pytest.mark.parametrize("stem", ["argmax", "cross_entropy", "cross_entropy_backward"])
-def test_kernel_files_share_tiles_and_checks_only(stem: str) -> None:
+@pytest.mark.parametrize(
+    ("stem", "shared"),
+    [
+        ("argmax", {".tiles"}),
+        ("cross_entropy", {".tiles"}),
+        ("cross_entropy_backward", {".tiles"}),
+        ("conv", {".candidates", ".splits"}),
+        ("conv_tma", {".candidates", ".splits"}),
+    ],
+)
+def test_kernel_files_do_not_import_each_other(stem: str, shared: set[str]) -> None:
     relative = {name for name in imports(ROOT / "kernels" / f"{stem}.py") if name.startswith(".")}
-    assert relative <= {".tiles", ".checks"}
+    assert relative <= {".checks", *shared}
 
 
 @pytest.mark.parametrize(

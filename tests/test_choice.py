@@ -41,6 +41,57 @@ def test_auto_takes_the_kernel_on_a_gpu_and_pytorch_on_a_cpu() -> None:
     assert choice.choose("upsample_argmax", "auto", CPU, torch.float32).impl == "torch"
 
 
+@pytest.mark.usefixtures("_capable_gpu")
+@pytest.mark.parametrize("name", choice.CONVOLUTIONS)
+def test_a_convolutions_shape_decides_on_a_gpu(name: str) -> None:
+    assert choice.choose(name, "auto", GPU, torch.bfloat16).impl == "auto"
+    assert "by each layer's shape" in choice.choose(name, "auto", GPU, torch.bfloat16).why
+    assert choice.choose(name, "triton", GPU, torch.bfloat16) == ("triton", "as asked for")
+    assert choice.choose(name, "auto", CPU, torch.float32).impl == "torch"
+
+
+@pytest.mark.usefixtures("_capable_gpu")
+def test_kernel_sizes() -> None:
+    assert choice.why_not_kernel_size((3, 3)) is choice.why_not_kernel_size(torch.Size((1, 1))) is None
+    for size in ((7, 7), (1, 3), (2, 2)):
+        obstacle = choice.why_not_kernel_size(size)
+        assert choice.choose("conv_bn_relu", "auto", GPU, torch.float16, obstacle) == ("torch", obstacle)
+        refused = choice.choose("conv_bn_relu", "triton", GPU, torch.float16, obstacle)
+        assert refused == ("nothing", f"conv_bn_relu can't run as a Triton kernel here: {obstacle}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "precision"),
+    [
+        ("", "tf32"),
+        ("cudnn.allow_tf32 = False", "ieee"),
+        ("cudnn.allow_tf32 = True", "tf32"),
+        ("fp32_precision = 'ieee'", "ieee"),
+        ("cudnn.fp32_precision = 'ieee'", "ieee"),
+        ("cudnn.conv.fp32_precision = 'ieee'", "ieee"),
+        ("cudnn.conv.fp32_precision = 'none'", "ieee"),
+        ("cudnn.conv.fp32_precision = 'none'; torch.backends.fp32_precision = 'tf32'", "tf32"),
+        ("cuda.matmul.fp32_precision = 'tf32'; torch.backends.cudnn.conv.fp32_precision = 'ieee'", "ieee"),
+    ],
+)
+def test_fp32_convolutions_are_as_precise_as_pytorchs(setting: str, precision: str) -> None:
+    """In a process of its own for each setting. Where there is a GPU, PyTorch's own convolution bears it out."""
+    program = f"""
+import torch
+import torch.nn.functional as F
+from fastdeeplab.kernels.choice import convolution_precision
+{f"torch.backends.{setting}" if setting else ""}
+print(convolution_precision(torch.device("cuda", 0)), convolution_precision(torch.device("cpu")))
+if torch.cuda.is_available():
+    x, weight = torch.randn(1, 64, 32, 32, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda")
+    exact = F.conv2d(x.double(), weight.double())
+    print("ieee" if (F.conv2d(x, weight) - exact).norm() < 1e-5 * exact.norm() else "tf32")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [precision, "ieee", *([precision] if torch.cuda.is_available() else [])]
+
+
 def test_fault_18_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert choice.choose("upsample_argmax", "auto", CPU, torch.float32) == ("torch", "the tensors are on a CPU")
@@ -97,6 +148,10 @@ logits = torch.randn(1, 5, 4, 4, requires_grad=True)
 kernels.upsample_cross_entropy(logits, torch.zeros(1, 8, 8, dtype=torch.uint8)).backward()
 torch.ops.fastdeeplab.upsample_argmax(logits.detach(), (8, 8), torch.uint8, "triton")
 print(choice.choose("upsample_argmax", "auto", logits.device, logits.dtype), kernels.upsample_argmax(logits, (8, 8)))
+weights = [torch.randn(2, 5, size, size) for size in (1, 3)]
+branches = kernels.aspp_branches(logits.detach(), weights, None, torch.zeros(4), rates=(2,))
+kernels.aspp_projection(branches, torch.zeros(1, 2, 1, 1), torch.zeros(3, 6, 1, 1), None, torch.zeros(3))
+torch.ops.fastdeeplab.conv_bn_relu(logits.detach(), weights[1], None, torch.zeros(2), None, 1, 1, 1, True, "triton")
 try:
     kernels.upsample_argmax(logits, (8, 8), impl="triton")
 except RuntimeError as error:
@@ -139,7 +194,7 @@ def test_a_wrong_implementation_is_a_value_error() -> None:
         kernels.upsample_argmax(torch.zeros(1, 2, 3, 3), (6, 6), impl="cuda")
 
 
-@pytest.mark.parametrize("name", ["upsample_argmax", "upsample_cross_entropy"])
+@pytest.mark.parametrize("name", kernels.FUNCTIONS)
 def test_every_form_of_a_function_has_one_signature(name: str) -> None:
     public = inspect.signature(getattr(kernels, name))
     assert public.parameters["impl"].default == "auto"

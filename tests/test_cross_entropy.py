@@ -199,10 +199,12 @@ def test_fault_14_target_outside_the_classes(stray: int, device: torch.device) -
         assert torch.equal(grad, expected_grad)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("scale", [1e-3, 300.0, 1e4])
-def test_logits_of_any_magnitude(scale: float, device: torch.device) -> None:
+def test_logits_of_any_magnitude(scale: float, label_smoothing: float, device: torch.device) -> None:
     logits, target = sample(6, (3, 4), (24, 32), device)
-    assert_accurate(logits * scale, target)
+    assert_accurate(logits * scale, target, label_smoothing=label_smoothing)
+    assert_accurate(logits + scale, target, label_smoothing=label_smoothing)
 
 
 def test_a_small_loss_keeps_its_gradient(device: torch.device) -> None:

@@ -9,13 +9,17 @@ import sys
 from pathlib import Path
 
 import bench_argmax
+import bench_conv
 import bench_cross_entropy
+import cases
 import harness
 import plot
+import predict
 import pytest
 import roofline
 import torch
-from fastdeeplab.kernels import reference
+from fastdeeplab.kernels import reference, tuning
+from fastdeeplab.kernels.candidates import Gpu, Layer
 from fastdeeplab.kernels.measure import Measurement
 from harness import COLUMNS, Results, Row, make_row
 
@@ -44,8 +48,8 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def run_benchmark(name: str, select: str, path: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", f"benchmarks/{name}", "-k", select, "--csv", str(path)]
+def run_benchmark(name: str, select: str, path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", f"benchmarks/{name}", "-k", select, "--csv", str(path), *options]
     command += ["--seconds", "0.01", "-p", "no:cacheprovider"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the cases are tiny, and other tests may run beside
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -181,6 +185,105 @@ def test_a_benchmark_stops_before_it_measures_for_a_file_of_another_kind(tmp_pat
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert "has the columns commit,gpu" in run.stdout + run.stderr
     assert path.read_text() == "commit,gpu\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "select", "kernel", "error"),
+    [
+        ("bench_conv.py", "expand", "conv_bn_relu", 1e-4),
+        ("bench_aspp.py", "projection", "aspp_projection", 1e-4),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="selects the small cases that run on a CPU")
+def test_a_benchmark_of_convolutions_writes_a_row_per_implementation(
+    tmp_path: Path, name: str, select: str, kernel: str, error: float
+) -> None:
+    """The kernel's among them, in the interpreter."""
+    path = tmp_path / "rows.csv"
+    run = run_benchmark(name, f"{select} and not compiled", path, "--dtype", "float32")
+    assert run.returncode == 0, run.stdout
+    rows = {row["implementation"]: row for row in read(path)}
+    assert set(rows) == {"eager", "conv_pointwise", "triton-predicted"}
+    for row in rows.values():
+        assert (row["kernel"], row["dtype"], row["layout"]) == (kernel, "float32", "channels_last")
+        assert float(row["tflop_per_s"]) == pytest.approx(int(row["flop"]) / float(row["p50_ms"]) / 1e9)
+        assert 0 <= float(row["error_fp64"]) < error
+    assert rows["triton-predicted"]["tile"].startswith("pointer-")
+    assert rows["eager"]["tile"] == ""
+    table = plot.tables(plot.newest_run(list(rows.values())))
+    assert "time / eager |" in table
+    assert f"| triton-predicted ({rows['triton-predicted']['tile']}) |" in table
+
+
+def test_all_tiles_are_measured_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "why_not", lambda *_: None)
+    monkeypatch.setattr(Gpu, "of", lambda device: Gpu("NVIDIA H200", (9, 0), 132))
+    layer = Layer.of("conv_bn_relu", (8, 256, 65, 65), (1024, 256, 1, 1), torch.bfloat16, residual=True)
+    names = [name for name, _ in cases.implementations(layer, all_tiles=False)]
+    assert names == ["eager", "compiled", "conv_pointwise", "triton-predicted"]
+    every = cases.implementations(layer, all_tiles=True)
+    assert len(every) == len(names) + len(tuning.tile_choices(layer, cases.DEVICE)) == len(dict(every))
+    assert {tile.kernel for _, tile in every if tile} == {"pointer", "gemm_tma"}
+
+
+@pytest.mark.parametrize("depth", [50, 101])
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_every_convolution_of_a_network_has_its_case(depth: int, output_stride: int) -> None:
+    """Those of R101 are those of R50; none is there twice; work and floor are those of the floor model."""
+    found = cases.network_convolutions(torch.bfloat16)
+    by_layer = {case.layer: case for case in found}
+    assert len(by_layer) == len(found)
+    layers = roofline.conv_layers(depth, output_stride, (520, 520), 8)
+    fused = list(cases.fused(layers, torch.bfloat16))
+    assert len(fused) == len(layers) - 3
+    flop = 0
+    for name, layer in fused:
+        case = by_layer[layer]
+        same = [other for other in layers if other.name == name]
+        flop += case.flop
+        if layer.function == "conv_bn_relu":
+            assert case.flop == 2 * same[0].macs
+            assert case.work.bytes == same[0].bytes(torch.bfloat16)
+            if layer.stride == 1 and layer.kernel[0] <= 3:
+                assert case.work.flop == pytest.approx(2 * same[0].live_macs)
+        if layer.function == "aspp_branches":
+            branches = [other for other in layers if other.stage == roofline.BRANCHES]
+            assert case.work.flop == pytest.approx(2 * sum(other.live_macs for other in branches))
+            assert layer.dilations == tuple(other.dilation for other in branches[1:])
+    pooled = 8 * math.prod(layers[-1].size_out) * 256 * 256  # of the projection, once per image in ours
+    assert flop == 2 * (sum(layer.macs for layer in layers) - pooled)
+
+
+def test_a_case_is_read_from_its_name() -> None:
+    shapes = {case.shape for case in cases.network_convolutions(torch.bfloat16)}
+    expected = {
+        "8x256x65x65->1024 1x1 residual",
+        "8x512x65x65->512 3x3 dilation 4",
+        "8x2048x65x65->256 rates 12 24 36",
+        "8x256x130x130->512 1x1 stride 2 no relu",
+        "8x1024x65x65->256 1x1",
+        "1x256x128x256->19 1x1 no relu",
+    }
+    assert expected <= shapes
+
+
+def test_the_modules_compute_what_the_layer_does() -> None:
+    for case in cases.small_convolutions(torch.float64):
+        if case.layer.function == "conv_bn_relu":
+            inputs = tuning.random_inputs(case.layer, CPU)
+            module = bench_conv.OfInputs(case.layer, *inputs[1:3], batch_norm=True)
+            torch.testing.assert_close(module(*inputs), tuning.in_fp64(case.layer, inputs))
+
+
+def test_predictions_are_above_the_floor(capsys: pytest.CaptureFixture[str]) -> None:
+    predict.main()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert len({len(row) for row in rows}) == 1
+    for row in rows[2:]:
+        floor, kernel, separate = (float(row[column]) for column in (3, 4, 6))
+        assert floor <= kernel
+        assert floor < separate
+    assert rows[-1][0] == "all"
 
 
 def as_text(row: Row) -> dict[str, str]:

@@ -1,13 +1,17 @@
-"""PyTorch's path of the kernels' functions: in chunks, against the whole."""
+"""PyTorch's path of the kernels' functions: the tail in chunks against the whole, the convolutions, their gradients."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_argmax
 from fastdeeplab.kernels import library, reference
+from fastdeeplab.kernels.checks import output_shape
 from fastdeeplab.kernels.measure import peak_memory, relative_error
+from layouts import LAYOUTS
 from torch import Tensor
 
 from fastdeeplab import kernels
@@ -194,3 +198,210 @@ def test_peak_memory_of_predict_and_loss() -> None:
     assert naive >= 2 * full
     assert ours <= 0.25 * full
     assert mask <= 0.25 * full
+
+
+CONVOLUTIONS: list[dict[str, Any]] = [
+    {},
+    {"kernel": 3, "padding": 1},
+    {"kernel": 3, "padding": 4, "dilation": 4, "scaled": False},
+    {"kernel": 3, "padding": 24, "dilation": 24},
+    {"kernel": 3, "stride": 2, "padding": 1},
+    {"kernel": 1, "stride": 2, "relu": False},
+    {"kernel": 7, "stride": 2, "padding": 3},
+    {"kernel": 3, "relu": False, "scaled": False},
+]
+
+
+def convolution(
+    dtype: torch.dtype = torch.float32,
+    *,
+    kernel: int = 1,
+    scaled: bool = True,
+    residual: bool = True,
+    size: tuple[int, int] = (9, 7),
+    **options: Any,
+) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+    """Arguments of ``conv_bn_relu``."""
+    x, weight = torch.randn(2, 8, *size).to(dtype), torch.randn(6, 8, kernel, kernel).div(kernel).to(dtype)
+    geometry = {"stride": 1, "padding": 0, "dilation": 1} | {k: v for k, v in options.items() if k != "relu"}
+    added = torch.randn(output_shape(x, weight, **geometry)).to(dtype) if residual else None
+    return (x, weight, torch.rand(6) + 0.5 if scaled else None, torch.randn(6), added), options
+
+
+def aspp(dtype: torch.dtype = torch.float32, scaled: bool = True) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of ``aspp_branches``."""
+    weights = [torch.randn(4, 8, size, size).div(size).to(dtype) for size in (1, 3, 3, 3)]
+    scale = torch.rand(16) + 0.5 if scaled else None
+    return (torch.randn(2, 8, 9, 7).to(dtype), weights, scale, torch.randn(16)), {"rates": (2, 4, 8)}
+
+
+def projection(dtype: torch.dtype = torch.float32, scaled: bool = True) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of ``aspp_projection``."""
+    branches, pooled = torch.randn(2, 16, 9, 7).to(dtype), torch.randn(2, 4, 1, 1).to(dtype)
+    weight = torch.randn(6, 20, 1, 1).div(4).to(dtype)
+    return (branches, pooled, weight, torch.rand(6) + 0.5 if scaled else None, torch.randn(6)), {}
+
+
+def in_fp64(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double()
+    return [in_fp64(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def errors(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[float, float]:
+    """Of the library and of plain PyTorch in the same dtype, against fp64."""
+    exact = getattr(reference, name)(*in_fp64(arguments), **options)
+    actual = getattr(kernels, name)(*arguments, impl="torch", **options)
+    assert actual.dtype == arguments[0].dtype
+    assert actual.stride() == torch.empty(actual.shape).contiguous(memory_format=torch.channels_last).stride()
+    return relative_error(actual, exact), relative_error(plain(name, arguments, options), exact)
+
+
+def plain(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+    """The reference in the dtype of x, batch norm's numbers included."""
+    dtype = arguments[0].dtype
+    cast = [value.to(dtype) if isinstance(value, Tensor) else value for value in arguments]
+    return getattr(reference, name)(*cast, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_conv_bn_relu(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """At most half an eps worse than PyTorch's: the rounding of the folded weight."""
+    for residual in (False, True):
+        ours, theirs = errors("conv_bn_relu", *convolution(dtype, residual=residual, **options))
+        assert ours <= theirs + torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("arguments", [aspp, projection])
+def test_aspp(dtype: torch.dtype, scaled: bool, arguments: Callable[..., Any]) -> None:
+    name = "aspp_branches" if arguments is aspp else "aspp_projection"
+    ours, theirs = errors(name, *arguments(dtype, scaled))
+    assert ours <= theirs + torch.finfo(dtype).eps / 2
+
+
+def test_convolutions_of_fp64_stay_in_fp64() -> None:
+    ours, _ = errors("conv_bn_relu", *convolution(torch.float64, kernel=3, padding=1))
+    assert ours < 1e-15
+    for name, arguments in (("aspp_branches", aspp), ("aspp_projection", projection)):
+        ours, _ = errors(name, *arguments(torch.float64))
+        assert ours < 1e-15
+
+
+def leaves(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone().requires_grad_()
+    return [leaves(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("conv_bn_relu", partial(convolution, kernel=3, padding=2, dilation=2)),
+        ("conv_bn_relu", partial(convolution, scaled=False, residual=False, relu=False)),
+        ("aspp_branches", aspp),
+        ("aspp_projection", projection),
+    ],
+)
+def test_gradients_of_every_input(name: str, arguments: Callable[[], Any], impl: str) -> None:
+    tensors, options = arguments()
+
+    def gradients(function: Callable[..., Tensor], inputs: Any, **more: str) -> list[Tensor]:
+        inputs = leaves(inputs)
+        function(*inputs, **options, **more).square().sum().backward()
+        flat = [item for value in inputs for item in (value if isinstance(value, list) else [value])]
+        return [item.grad for item in flat if isinstance(item, Tensor)]
+
+    ours = gradients(getattr(kernels, name), tensors, impl=impl)
+    exact = gradients(getattr(reference, name), in_fp64(tensors))
+    assert len(ours) == len(exact) >= 3
+    for actual, expected in zip(ours, exact, strict=True):
+        assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("conv_bn_relu", convolution), ("aspp_branches", aspp), ("aspp_projection", projection)]
+)
+def test_a_kernel_refuses_to_lose_a_gradient(name: str, arguments: Callable[[], Any]) -> None:
+    """Rather than return a result that nothing can be backpropagated through."""
+    tensors, options = arguments()
+    with pytest.raises(RuntimeError, match=f"{name} has no gradient as a Triton kernel"):
+        getattr(kernels, name)(*leaves(tensors), impl="triton", **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fault_05_convolutions_of_any_strides(layout: str) -> None:
+    (x, weight, scale, shift, residual), options = convolution(kernel=3, padding=2, dilation=2)
+    assert x is not None
+    assert weight is not None
+    assert residual is not None
+    expected = kernels.conv_bn_relu(x, weight, scale, shift, residual, impl="torch", **options)
+    moved = [LAYOUTS[layout](tensor) for tensor in (x, weight, residual)]
+    actual = kernels.conv_bn_relu(moved[0], moved[1], scale, shift, moved[2], impl="torch", **options)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_the_scale_is_folded_into_the_weight_in_fp32_and_rounded_once() -> None:
+    weight, scale = torch.randn(6, 8, 3, 3).half(), torch.rand(6)
+    folded = library._folded(weight.contiguous(memory_format=torch.channels_last), scale)
+    assert torch.equal(folded, (weight.double() * scale.double()[:, None, None, None]).float().half())
+    assert folded.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_out_is_a_slice_of_a_buffer() -> None:
+    arguments, options = convolution(kernel=3, padding=1)
+    buffer = torch.full((2, 12, 9, 7), torch.nan).contiguous(memory_format=torch.channels_last)
+    out = buffer[:, 4:10]
+    assert kernels.conv_bn_relu(*arguments, out=out, impl="torch", **options) is out
+    assert torch.equal(out, kernels.conv_bn_relu(*arguments, impl="torch", **options))
+    assert buffer[:, :4].isnan().all()
+    assert buffer[:, 10:].isnan().all()
+
+
+def test_fault_12_convolutions_of_an_empty_batch_and_a_single_pixel() -> None:
+    for N, size in ((0, (5, 4)), (2, (1, 1))):
+        x = torch.randn(N, 8, *size)
+        weights = [torch.randn(4, 8, kernel, kernel) for kernel in (1, 3, 3)]
+        branches = kernels.aspp_branches(x, weights, None, torch.randn(12), rates=(6, 12), impl="torch")
+        assert branches.shape == (N, 12, *size)
+        pooled, weight = torch.randn(N, 3, 1, 1), torch.randn(5, 15, 1, 1)
+        assert kernels.aspp_projection(branches, pooled, weight, None, torch.randn(5), impl="torch").shape == (
+            N,
+            5,
+            *size,
+        )
+        assert kernels.conv_bn_relu(x, weights[0], None, torch.randn(4), impl="torch").shape == (N, 4, *size)
+
+
+def test_nan_passes_the_relu() -> None:
+    x = torch.randn(1, 8, 2, 2)
+    x[0, 3, 1, 1] = torch.nan
+    y = kernels.conv_bn_relu(x, torch.randn(4, 8, 1, 1), None, torch.randn(4), impl="torch")
+    assert y.isnan().sum() == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", library.FORMS)
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("residual", ["none", "other", "x"])
+def test_every_form_on_a_gpu(form: str, options: dict[str, Any], residual: str, device: torch.device) -> None:
+    """Also with a residual that is x itself: cuDNN has had wrong results there (pytorch#62926)."""
+    (*tensors, added), options = convolution(torch.float16, **options)
+    x, weight, scale, shift = (None if tensor is None else tensor.to(device) for tensor in tensors)
+    assert weight is not None
+    assert added is not None
+    added = None if residual == "none" else added.to(device)
+    if residual == "x":
+        weight = torch.cat([weight, weight[:2]])
+        scale = None if scale is None else torch.cat([scale, scale[:2]])
+        shift = torch.cat([shift, shift[:2]])
+        added = x
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "relu": True} | options
+    if residual == "x" and output_shape(x, weight, *list(defaults.values())[:3]) != x.shape:
+        pytest.skip("the residual has the result's shape, which is not x's here")
+    exact = reference.conv_bn_relu(*in_fp64((x, weight, scale, shift, added)), **options)
+    actual = library.FORMS[form](x, weight, scale, shift, added, *defaults.values())
+    assert relative_error(actual, exact) < 3 * torch.finfo(torch.float16).eps

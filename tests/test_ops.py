@@ -1,8 +1,14 @@
-"""The registered operators: opcheck, shapes without data, gradients, torch.compile, torch.export."""
+"""The registered operators: opcheck, shapes without data, gradients, layouts, torch.compile, torch.export."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from fastdeeplab.kernels import reference
+from fastdeeplab.kernels import candidates, ops, reference
+from fastdeeplab.kernels.measure import relative_error
+from layouts import LAYOUTS
 from torch import Tensor
 
 from fastdeeplab import kernels
@@ -72,8 +78,9 @@ def test_fault_06_compiled_code_hands_over_other_strides(device: torch.device) -
         return loss, kernels.upsample_argmax(logits.detach(), (8, 12), impl="triton")
 
     logits, target = sample(device, torch.channels_last)
-    leaf, compiled_leaf = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    leaf, compiled_leaf = logits.contiguous().requires_grad_(), logits.clone().requires_grad_()
     loss, index = step(leaf, target)
+    assert torch.equal(index, kernels.upsample_argmax(logits * 2, (8, 12), impl="torch"))
     compiled_loss, compiled_index = torch.compile(step, fullgraph=True, backend="aot_eager")(compiled_leaf, target)
     loss.backward()
     compiled_loss.backward()
@@ -87,11 +94,9 @@ def test_fault_20_autocast_and_compile_together(device: torch.device) -> None:
     images, target = torch.randn(2, 3, 2, 3, device=device), sample(device)[1]
 
     def step() -> Tensor:
-        dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-        with torch.autocast(device.type, dtype):
+        with torch.autocast(device.type, torch.float16):
             logits = conv(images)
-        # The interpreter gets bf16 wrong, so on a CPU PyTorch's path stands in.
-        return kernels.upsample_cross_entropy(logits, target, ignore_index=255, impl="auto")
+        return kernels.upsample_cross_entropy(logits, target, ignore_index=255, impl="triton")
 
     eager = step()
     eager.backward()
@@ -209,3 +214,246 @@ def test_fault_05_stride_zero_gradients(device: torch.device) -> None:
     losses.sum().backward()
     (3 * kernels.upsample_cross_entropy(expected, target, ignore_index=255, impl="triton")).backward()
     assert torch.equal(leaf.grad, expected.grad)
+
+
+def conv(device: torch.device, dtype: torch.dtype = torch.float32, kernel: int = 3) -> tuple[Any, ...]:
+    """Arguments of the operator, without the last one."""
+    padding = kernel // 2 * 2
+    x, weight = torch.randn(2, 16, 5, 6, device=device), torch.randn(8, 16, kernel, kernel, device=device) / kernel
+    scale, shift = torch.rand(8, device=device), torch.randn(8, device=device)
+    residual = torch.randn(2, 8, 5, 6, device=device)
+    return x.to(dtype), weight.to(dtype), scale, shift, residual.to(dtype), 1, padding, max(padding, 1), True
+
+
+def branches(device: torch.device) -> tuple[Any, ...]:
+    weights = [torch.randn(8, 16, size, size, device=device) / size for size in (1, 3, 3)]
+    x = torch.randn(2, 16, 5, 6, device=device)
+    return x, weights, torch.rand(24, device=device), torch.randn(24, device=device), (2, 4)
+
+
+def projection(device: torch.device) -> tuple[Any, ...]:
+    x, pooled = torch.randn(2, 16, 5, 6, device=device), torch.randn(2, 8, 1, 1, device=device)
+    weight = torch.randn(8, 24, 1, 1, device=device) / 4
+    return x, pooled, weight, torch.rand(8, device=device), torch.randn(8, device=device)
+
+
+Arguments = Callable[[torch.device], tuple[Any, ...]]
+FUSED: dict[str, Arguments] = {"conv_bn_relu": conv, "aspp_branches": branches, "aspp_projection": projection}
+
+
+def call(name: str, arguments: tuple[Any, ...], impl: str) -> Tensor:
+    """The public function."""
+    if name == "conv_bn_relu":
+        *tensors, stride, padding, dilation, relu = arguments
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "relu": relu}
+        return kernels.conv_bn_relu(*tensors, **options, impl=impl)
+    if name == "aspp_branches":
+        *tensors, rates = arguments
+        return kernels.aspp_branches(*tensors, rates=rates, impl=impl)
+    return kernels.aspp_projection(*arguments, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("name", FUSED)
+def test_opcheck_of_the_convolutions(name: str, impl: str, device: torch.device) -> None:
+    operator = getattr(torch.ops.fastdeeplab, name)
+    torch.library.opcheck(operator, (*FUSED[name](device), impl), test_utils=OP_TESTS)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_opcheck_of_the_convolution_into_a_slice(impl: str, device: torch.device) -> None:
+    out = torch.zeros(2, 32, 5, 6, device=device).contiguous(memory_format=torch.channels_last)[:, 8:16]
+    arguments = (*conv(device), out, impl)
+    torch.library.opcheck(torch.ops.fastdeeplab.conv_bn_relu_out, arguments, test_utils=OP_TESTS)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("name", FUSED)
+def test_fake_convolutions_have_shapes_and_strides_of_real_ones(name: str, impl: str, device: torch.device) -> None:
+    arguments = FUSED[name](device)
+    real = getattr(torch.ops.fastdeeplab, name)(*arguments, impl)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, arguments)
+        promised = getattr(torch.ops.fastdeeplab, name)(*fake, impl)
+    assert (promised.shape, promised.stride(), promised.dtype) == (real.shape, real.stride(), real.dtype)
+    assert real.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "auto"])
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_convolutions(name: str, impl: str, dynamic: bool, device: torch.device) -> None:
+    torch.compiler.reset()
+    arguments = FUSED[name](device)
+    with torch.no_grad():
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)(name, arguments, impl)
+        assert torch.equal(compiled, call(name, arguments, impl))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_compiled_convolutions_write_into_slices_of_one_buffer(impl: str, device: torch.device) -> None:
+    """And read what the one before has written there."""
+    x, weight, scale, shift, *_ = conv(device)
+
+    def step(x: Tensor) -> Tensor:
+        buffer = torch.zeros(2, 24, 5, 6, device=device).contiguous(memory_format=torch.channels_last)
+        kernels.conv_bn_relu(x, weight, scale, shift, padding=1, out=buffer[:, :8], impl=impl)
+        kernels.conv_bn_relu(buffer[:, :16], weight, None, shift, padding=1, out=buffer[:, 16:], impl=impl)
+        return buffer
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(compiled, step(x))
+    assert compiled[:, 16:].any()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("name", FUSED)
+def test_export_of_the_convolutions(name: str, impl: str, device: torch.device) -> None:
+    arguments = FUSED[name](device)
+
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return call(name, (x, *arguments[1:]), impl)
+
+    program = torch.export.export(Block(), (arguments[0],))
+    assert f"fastdeeplab.{name}" in str(program.graph)
+    assert torch.equal(program.module()(arguments[0]), Block()(arguments[0]))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_convolutions_under_autocast_keep_their_dtype(impl: str, device: torch.device) -> None:
+    for name, arguments in FUSED.items():
+        tensors = arguments(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            actual = call(name, tensors, impl)
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, call(name, tensors, impl))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fault_05_convolutions_of_any_strides(impl: str, layout: str, device: torch.device) -> None:
+    x, weight, scale, shift, residual, *geometry = conv(device)
+    x, weight, residual = (LAYOUTS[layout](tensor) for tensor in (x, weight, residual))
+    scale, shift = (values.repeat_interleave(2)[::2] for values in (scale, shift))
+    exact = reference.conv_bn_relu(
+        *(tensor.double() for tensor in (x, weight, scale, shift, residual)), padding=2, dilation=2
+    )
+    actual = torch.ops.fastdeeplab.conv_bn_relu(x, weight, scale, shift, residual, *geometry, impl)
+    assert relative_error(actual, exact) < (2e-6 if device.type == "cpu" else 2e-3)  # TF32 on a GPU
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Arguments of the launches of ``conv_bn_relu``, which launch nothing."""
+    calls: list[tuple[Any, ...]] = []
+    launcher = SimpleNamespace(conv_bn_relu=lambda *arguments, **options: calls.append(arguments))
+    monkeypatch.setattr(ops, "_triton", lambda stem: launcher)
+    return calls
+
+
+SIZE_ONE = {  # odd strides where they lead nowhere, with the pitch that the addresses have
+    "one column": ((2, 16, 5, 1), (5 * 16, 1, 16, 999), 16),
+    "one row": ((2, 16, 1, 5), (5 * 24, 1, 999, 24), 24),
+    "one pixel": ((2, 16, 1, 1), (24, 1, 999, 777), 24),
+    "one image of one pixel": ((1, 16, 1, 1), (999, 1, 777, 555), 16),
+    "one channel": ((2, 1, 5, 3), (5 * 3 * 4, 999, 3 * 4, 4), 4),
+}
+
+
+@pytest.mark.parametrize("case", SIZE_ONE)
+def test_fault_05_launchers_get_the_strides_that_addresses_have(
+    case: str, launched: list[tuple[Any, ...]], device: torch.device
+) -> None:
+    """Nothing is copied, and the strides of dimensions of size 1 are as a launcher expects them."""
+    (N, C, H, W), strides, pitch = SIZE_ONE[case]
+    buffer = torch.randn(2000, device=device)
+    x = buffer.as_strided((N, C, H, W), strides, 7)
+    weight = torch.randn(16, C, 1, 1, device=device)
+    torch.ops.fastdeeplab.conv_bn_relu(x, weight, None, torch.zeros(16, device=device), None, 1, 0, 1, True, "triton")
+    ((read, read_weight, *_, out),) = launched
+    assert read.data_ptr() == x.data_ptr()
+    assert read.stride() == (H * W * pitch, 1, W * pitch, pitch)
+    assert torch.equal(read, x)
+    assert read_weight.data_ptr() == weight.data_ptr()
+    assert read_weight.stride() == (C, 1, C, C)
+    assert out.stride() == (H * W * 16, 1, W * 16, 16)
+
+
+def test_slices_of_channels_are_read_and_written_where_they_are(
+    launched: list[tuple[Any, ...]], device: torch.device
+) -> None:
+    buffer = torch.randn(2, 40, 5, 6, device=device).contiguous(memory_format=torch.channels_last)
+    x, out = buffer[:, :16], buffer[:, 24:32]
+    _, weight, scale, shift, residual, *geometry = conv(device)
+    torch.ops.fastdeeplab.conv_bn_relu_out(x, weight, scale, shift, residual, *geometry, out, "triton")
+    ((read, read_weight, _, _, added, written),) = launched
+    assert (read.data_ptr(), read.stride()) == (x.data_ptr(), x.stride())
+    assert (written.data_ptr(), written.stride()) == (out.data_ptr(), out.stride())
+    assert read_weight.stride() == (9 * 16, 1, 3 * 16, 16)
+    assert torch.equal(read_weight, weight)
+    assert added.stride() == (5 * 6 * 8, 1, 6 * 8, 8)
+    assert torch.equal(added, residual)
+
+
+def test_fault_12_nothing_is_launched_for_an_empty_batch(device: torch.device) -> None:
+    for name, arguments in FUSED.items():
+        tensors = [
+            value[:0] if isinstance(value, Tensor) and value.shape[:1] == (2,) else value for value in arguments(device)
+        ]
+        assert call(name, tuple(tensors), "triton").shape[0] == 0
+
+
+def test_an_empty_batch_reaches_no_launcher(launched: list[tuple[Any, ...]], device: torch.device) -> None:
+    x, weight, scale, shift, residual, *geometry = conv(device)
+    torch.ops.fastdeeplab.conv_bn_relu(x[:0], weight, scale, shift, residual[:0], *geometry, "triton")
+    out = torch.empty(0, 8, 5, 6, device=device)
+    torch.ops.fastdeeplab.conv_bn_relu_out(x[:0], weight, scale, shift, residual[:0], *geometry, out, "triton")
+    assert launched == []
+
+
+def test_a_kernel_of_another_size_is_pytorchs(device: torch.device) -> None:
+    x, _, scale, shift, *_ = conv(device)
+    weight = torch.randn(8, 16, 5, 5, device=device)
+    with pytest.raises(RuntimeError, match="conv_bn_relu can't run as a Triton kernel here: the weight is neither 1x1"):
+        kernels.conv_bn_relu(x, weight, scale, shift, padding=2, impl="triton")
+    with pytest.raises(RuntimeError, match="conv_bn_relu can't run as a Triton kernel here: no tile choice serves"):
+        torch.ops.fastdeeplab.conv_bn_relu(x, weight, scale, shift, None, 1, 2, 1, True, "triton")
+    automatic = kernels.conv_bn_relu(x, weight, scale, shift, padding=2)
+    assert torch.equal(automatic, kernels.conv_bn_relu(x, weight, scale, shift, padding=2, impl="torch"))
+
+
+def test_auto_is_decided_when_the_operator_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the shapes it gets, on a GPU that the kernels run on; on any other device PyTorch runs."""
+    monkeypatch.setattr(candidates.Gpu, "of", lambda device: candidates.Gpu("Some GPU", (9, 0), 132))
+    obstacles: list[str | None] = [None]
+    monkeypatch.setattr(ops, "why_not", lambda device, dtype: obstacles[-1])
+    gpu = torch.device("cuda", 7)  # in no other test's decisions
+    tensor: Any = SimpleNamespace(is_cuda=True, device=gpu, dtype=torch.float16)
+    layers = [
+        candidates.Layer.of("conv_bn_relu", (8, 256, 65, 65), (1024, 256, 1, 1), torch.float16, residual=residual)
+        for residual in (True, False)
+    ]
+    assert [ops._decide(layer, "auto", tensor).impl for layer in layers] == ["triton", "torch"]
+    obstacles.append("an old GPU")
+    assert [ops._decide(layer, "auto", tensor).impl for layer in layers] == ["torch", "torch"]
+    on_cpu = ops._decide(layers[0], "auto", torch.empty(1))
+    assert on_cpu.impl == "torch"
+
+
+def test_launchers_by_kernel() -> None:
+    files = {
+        kernel: ops._launchers(candidates.Tile(kernel, 64, 64, 64, 4, 3))
+        for kernel in ("pointer", "gemm_tma", "boxes_tma")
+    }
+    stems = {kernel: module.__name__.rpartition(".")[2] for kernel, module in files.items()}
+    assert stems == {"pointer": "conv", "gemm_tma": "conv_tma", "boxes_tma": "conv_tma"}
+
+
+def test_tma_needs_every_pixel_at_a_multiple_of_16_bytes() -> None:
+    buffer = torch.zeros(2, 24, 5, 6, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    odd = torch.zeros(2, 20, 5, 6, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    assert ops._aligned(buffer, None, buffer[:, 8:16])
+    assert not ops._aligned(buffer, buffer[:, 4:12])  # starts at 8 bytes
+    assert not ops._aligned(odd[:, :16])  # 40 bytes a pixel

@@ -33,7 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {f"fastdeeplab/{path.name}" for path in (ROOT / "fastdeeplab").glob("*.py")}
-    expected |= {f"fastdeeplab/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected |= {f"fastdeeplab/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.*")}
     assert names == expected
 
 

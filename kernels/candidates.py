@@ -1,0 +1,363 @@
+"""Which tile choices and library forms may serve a layer, and which one does.
+
+What was measured decides: on this very GPU by ``remember``, else the shipped table ``tuned.json``. Where nothing was
+measured a rule decides between kernel and library, and a small model of the GPU chooses the kernel's tile. Such a
+decision is called a prediction wherever it is shown.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .checks import output_size
+
+
+class Tile(NamedTuple):
+    """How a kernel cuts a convolution into programs."""
+
+    kernel: str  # "pointer", "gemm_tma" or "boxes_tma"
+    block_m: int  # pixels
+    block_n: int  # output channels
+    block_k: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1  # of the K loop; the partial sums are added in fixed order
+    skip: bool = False  # leave out the taps that only read padding
+
+
+ALL = (80, 86, 89, 90, 100, 120)
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # that a program may use
+TILES = (  # by architecture, for elements of two bytes; with four, block_k is half as long. The first one wins a tie.
+    (ALL, Tile("pointer", 128, 128, 64, num_warps=8, num_stages=3)),
+    (ALL, Tile("pointer", 128, 64, 64, num_warps=4, num_stages=3)),
+    (ALL, Tile("pointer", 64, 128, 64, num_warps=4, num_stages=3)),
+    (ALL, Tile("pointer", 64, 64, 64, num_warps=4, num_stages=4)),
+    ((90, 100, 120), Tile("gemm_tma", 128, 128, 64, num_warps=8, num_stages=3)),
+    ((90, 100), Tile("gemm_tma", 128, 256, 64, num_warps=8, num_stages=3)),
+    ((90, 100), Tile("gemm_tma", 256, 128, 64, num_warps=8, num_stages=3)),
+    ((90, 100, 120), Tile("gemm_tma", 64, 128, 64, num_warps=4, num_stages=3)),
+    ((90, 100, 120), Tile("boxes_tma", 128, 128, 64, num_warps=8, num_stages=3)),
+    ((90, 100), Tile("boxes_tma", 128, 256, 64, num_warps=8, num_stages=3)),
+    ((90, 100), Tile("boxes_tma", 256, 128, 64, num_warps=8, num_stages=3)),
+    ((90, 100, 120), Tile("boxes_tma", 64, 128, 64, num_warps=4, num_stages=3)),
+)
+# Full fp32 products are not the tensor cores': operands pass through registers, of which larger tiles have none left.
+IEEE_TILES = ((ALL, Tile("pointer", 64, 64, 16, num_warps=4, num_stages=3)),)
+SPLITS = (1, 2, 4, 8)
+MIN_STEPS = 4  # of the K loop, in each split
+DEFAULT_FORM = "conv_pointwise"  # of the library, where nothing was measured
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What decides how fast a fused convolution can be."""
+
+    function: str
+    N: int
+    C: int  # that the convolution reads: without the pooled branch in aspp_projection
+    H: int
+    W: int
+    C_out: int  # of one branch in aspp_branches
+    kernel: tuple[int, int]  # of the branches with a rate in aspp_branches
+    stride: int
+    padding: int
+    dilations: tuple[int, ...]  # the rates in aspp_branches
+    residual: bool
+    relu: bool
+    dtype: torch.dtype
+    aligned: bool = True  # every pixel and every tensor starts at a multiple of 16 bytes, which TMA needs
+    precision: str = "tf32"  # of fp32 products: "tf32" or "ieee"
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def of(
+        function: str,
+        shape: Sequence[int],
+        weight_shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        dilations: tuple[int, ...] = (1,),
+        residual: bool = False,
+        relu: bool = True,
+        aligned: bool = True,
+        precision: str = "tf32",
+    ) -> "Layer":
+        """From x's and the weight's shape, of the last branch in ``aspp_branches``; ``torch.Size`` as it is."""
+        N, C, H, W = shape
+        C_out, _, *kernel = weight_shape
+        return Layer(
+            function, N, C, H, W, C_out, (kernel[0], kernel[1]), stride, padding, dilations, residual, relu, dtype,
+            aligned, precision,
+        )  # fmt: skip
+
+    @property
+    def pixels(self) -> int:
+        """Of the output, all images together."""
+        if self.function == "aspp_branches":
+            return self.N * self.H * self.W
+        H, W = (
+            output_size(size, kernel, self.stride, self.padding, self.dilations[0])
+            for size, kernel in zip((self.H, self.W), self.kernel, strict=True)
+        )
+        return self.N * H * W
+
+    @property
+    def shrinkable(self) -> bool:
+        """Whether taps that only read padding can be left out: 3x3, and the map keeps its size."""
+        same_size = self.stride == 1 and self.dilations == (self.padding,)
+        return self.function == "aspp_branches" or (self.kernel == (3, 3) and same_size)
+
+    @property
+    def live_share(self) -> float:
+        """Of the multiplications, those that do not read padding."""
+        if not self.shrinkable:
+            return 1.0
+        shares = [live_share(self.H, self.W, 3, dilation) for dilation in self.dilations]
+        if self.function == "conv_bn_relu":
+            return shares[0]
+        return (1 + 9 * sum(shares)) / (1 + 9 * len(shares))
+
+    def runs(self, tile: Tile) -> list[tuple[int, int]]:
+        """The tiles along the pixels: how many, and with how many taps each."""
+        if not tile.skip:
+            return [(-(-self.pixels // tile.block_m), math.prod(self.kernel))]
+        found = [
+            (-(-self.N * rows * columns // tile.block_m), row_taps * column_taps)
+            for dilation in self.dilations
+            for rows, columns, row_taps, column_taps in rectangles(self.H, self.W, dilation)
+        ]
+        if self.function == "aspp_branches":
+            found.append((-(-self.pixels // tile.block_m), 1))
+        return found
+
+    def executed(self, tile: Tile) -> int:
+        """How many pairs of a pixel and a tap the tiles execute, the ends of runs included."""
+        return tile.block_m * sum(count * taps for count, taps in self.runs(tile))
+
+
+def intervals(size: int, dilation: int) -> Iterator[tuple[int, int]]:
+    """The stretches of an axis in which the same of three taps are inside the map: length, live taps."""
+    inner, outer = sorted((dilation, size - dilation))
+    cuts = (0, max(inner, 0), min(outer, size), size)
+    for start, stop in pairwise(cuts):
+        if start < stop:
+            yield stop - start, sum(0 <= start + step < size for step in (-dilation, 0, dilation))
+
+
+def rectangles(H: int, W: int, dilation: int) -> Iterator[tuple[int, int, int, int]]:
+    """The at most nine rectangles of a map whose pixels share their live taps: rows, columns, row and column taps."""
+    for (rows, row_taps), (columns, column_taps) in product(intervals(H, dilation), intervals(W, dilation)):
+        yield rows, columns, row_taps, column_taps
+
+
+def live_share(H: int, W: int, kernel: int, dilation: int) -> float:
+    """Share of the pairs of a pixel and a tap that read inside the map, with a padding that keeps the map's size."""
+
+    def along(size: int) -> float:
+        taps = (abs(tap - kernel // 2) * dilation for tap in range(kernel))
+        return sum(max(size - distance, 0) for distance in taps) / (kernel * size)
+
+    return along(H) * along(W)
+
+
+def executed_share(tile: Tile, N: int, H: int, W: int, dilation: int) -> float:
+    """What a 3x3 convolution that keeps the map's size executes of its 9 N H W pairs of a pixel and a tap."""
+    layer = Layer.of("conv_bn_relu", (N, 1, H, W), (1, 1, 3, 3), torch.float16, padding=dilation, dilations=(dilation,))
+    return layer.executed(tile) / (9 * N * H * W)
+
+
+def architecture(capability: tuple[int, int]) -> int:
+    """The one that tiles are listed for which a GPU's compute capability is, or follows: 8.7 is 86, 10.3 is 100."""
+    number = 10 * capability[0] + capability[1]
+    return max((known for known in ALL if known <= number), default=ALL[0])
+
+
+@lru_cache(maxsize=4096)
+def tiles_for(layer: Layer, capability: tuple[int, int]) -> tuple[Tile, ...]:
+    """The tile choices that may serve a layer on a GPU, without splits; none if no kernel can."""
+    arch, itemsize = architecture(capability), layer.dtype.itemsize
+    if max(layer.N * layer.H * layer.W, layer.pixels) + 256 >= 2**31:  # pixels are counted with 32 bits
+        return ()
+    found = []
+    ieee = layer.precision == "ieee" and layer.dtype == torch.float32
+    for row in IEEE_TILES if ieee else TILES:
+        tile = row[1] if ieee else row[1]._replace(block_k=2 * row[1].block_k // itemsize)
+        shared = (tile.block_m + tile.block_n) * tile.block_k * itemsize * tile.num_stages
+        if ships(row, arch, layer.dtype) and shared <= SHARED_KIB[arch] * 1024 and _serves(tile.kernel, layer):
+            skips = (True,) if layer.function == "aspp_branches" else (False, True) if layer.shrinkable else (False,)
+            found += [tile._replace(skip=skip) for skip in skips]
+    return tuple(found)
+
+
+def ships(row: tuple[tuple[int, ...], Tile], arch: int, dtype: torch.dtype) -> bool:
+    """Whether a row of the tables holds for an architecture and a dtype."""
+    architectures, tile = row
+    large = tile.block_m * tile.block_n > 64 * 64  # on sm_100 those spill a few registers in fp32
+    return arch in architectures and not (arch == 100 and dtype.itemsize == 4 and tile.kernel == "pointer" and large)
+
+
+def _serves(kernel: str, layer: Layer) -> bool:
+    if layer.kernel not in ((1, 1), (3, 3)):
+        return False
+    if kernel == "pointer":
+        return True
+    whole_chunks = all(channels * layer.dtype.itemsize % 16 == 0 for channels in (layer.C, layer.C_out))
+    gemm = layer.kernel == (1, 1) and (layer.stride, layer.padding) == (1, 0)
+    return layer.aligned and whole_chunks and (gemm if kernel == "gemm_tma" else layer.shrinkable)
+
+
+class Gpu(NamedTuple):
+    """What decisions need to know of a device."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+
+    @staticmethod
+    @lru_cache
+    def of(device: torch.device) -> "Gpu":
+        if device.type != "cuda":  # Triton's interpreter, one program at a time
+            return Gpu("the interpreter", (8, 0), 1)
+        properties = torch.cuda.get_device_properties(device)
+        return Gpu(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
+
+
+@lru_cache(maxsize=4096)
+def predict_tile(layer: Layer, gpu: Gpu, tiles: tuple[Tile, ...]) -> Tile:
+    """The one of some tile choices, with splits, that has the smallest predicted cost.
+
+    The cost is that of the waves of programs over the multiprocessors times a program's steps of the K loop. A step
+    multiplies block_m x block_n and loads block_m + block_n rows, a row for as long as 32 multiplications take. The
+    rest of a program lasts as long as two steps, partial sums, written and read again, as long as eight more. Programs
+    are split where they make fewer than two waves. Tiles that execute an eighth more than the most sparing ones are
+    left out, however the waves fall.
+    """
+
+    def cost(tile: Tile) -> float:
+        runs = layer.runs(tile)
+        count = sum(count for count, _ in runs)
+        programs = count * -(-layer.C_out // tile.block_n)
+        steps = layer.executed(tile) / (count * tile.block_m) * -(-layer.C // tile.block_k)
+        if tile.splits > 1 and (programs >= 2 * gpu.multiprocessors or steps < MIN_STEPS * tile.splits):
+            return math.inf
+        waves = -(-programs * tile.splits // gpu.multiprocessors)
+        step = tile.block_k * (tile.block_m * tile.block_n + 32 * (tile.block_m + tile.block_n))
+        return waves * step * (steps / tile.splits + (2 if tile.splits == 1 else 10))
+
+    fewest = min(map(layer.executed, tiles))
+    sparing = [tile for tile in tiles if layer.executed(tile) <= 1.125 * fewest]
+    return min((tile._replace(splits=splits) for tile, splits in product(sparing, SPLITS)), key=cost)
+
+
+class Measurement(NamedTuple):
+    """The fastest tile choice and the fastest library form of a layer on a GPU, in microseconds."""
+
+    gpu: str
+    capability: tuple[int, int]
+    torch: str  # versions
+    triton: str
+    layer: Layer
+    tile: Tile
+    tile_us: float
+    form: str
+    form_us: float
+    commit: str = ""  # of this project, in the shipped table
+
+    def to_json(self) -> dict[str, Any]:
+        layer = vars(self.layer) | {"dtype": str(self.layer.dtype).removeprefix("torch.")}
+        return self._asdict() | {"layer": layer, "tile": self.tile._asdict()}
+
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> "Measurement":
+        layer = row["layer"]
+        tuples = {name: tuple(layer[name]) for name in ("kernel", "dilations")}
+        parts = {
+            "capability": tuple(row["capability"]),
+            "layer": Layer(**layer | tuples | {"dtype": getattr(torch, layer["dtype"])}),
+            "tile": Tile(**row["tile"]),
+        }
+        return Measurement(**row | parts)
+
+
+_remembered: dict[tuple[str, Layer], Measurement] = {}
+
+
+def remember(measurement: Measurement) -> None:
+    """Let a measurement made on this machine decide from now on."""
+    _remembered[measurement.gpu, measurement.layer] = measurement
+    decide.cache_clear()
+
+
+@lru_cache
+def shipped() -> tuple[Measurement, ...]:
+    rows = json.loads(Path(__file__).with_name("tuned.json").read_text())["measurements"]
+    return tuple(map(Measurement.from_json, rows))
+
+
+def _measured(layer: Layer, gpu: Gpu) -> Measurement | None:
+    """Of this very layer on this GPU; else of the most similar number of pixels; else of another GPU of its kind."""
+    if (gpu.name, layer) in _remembered:
+        return _remembered[gpu.name, layer]
+
+    def apart(row: Measurement) -> tuple[bool, bool, int]:
+        powers_of_two = abs(row.layer.pixels.bit_length() - layer.pixels.bit_length())
+        return row.gpu != gpu.name, row.layer != layer, powers_of_two
+
+    similar = [
+        row
+        for row in shipped()
+        if row.capability == gpu.capability
+        and replace(row.layer, N=layer.N, H=layer.H, W=layer.W) == layer
+        and row.tile._replace(splits=1) in tiles_for(layer, gpu.capability)
+    ]
+    return min(similar, key=apart, default=None)
+
+
+class Decision(NamedTuple):
+    impl: str  # "triton", "torch", or "nothing" if what was asked for can't run
+    tile: Tile | None  # of the kernel
+    form: str  # of the library
+    why: str
+
+
+@lru_cache(maxsize=4096)
+def decide(layer: Layer, impl: str, device: torch.device) -> Decision:
+    """Decide what runs a layer that is not empty when ``impl`` is asked for, on a device where kernels run."""
+    gpu = Gpu.of(device)
+    tiles = tiles_for(layer, gpu.capability)
+    if not tiles:
+        why = "no tile choice serves the layer"
+        return Decision("nothing" if impl == "triton" else "torch", None, DEFAULT_FORM, why)
+    row = _measured(layer, gpu)
+    if row is None:
+        # The descriptor kernels are chosen by measurement only.
+        tile = predict_tile(layer, gpu, tuple(tile for tile in tiles if tile.kernel == "pointer"))
+        form, (auto, why) = DEFAULT_FORM, _predict(layer)
+    else:
+        exact = row.layer == layer
+        tile = row.tile if exact else predict_tile(layer, gpu, (row.tile._replace(splits=1),))
+        form, auto = row.form, "triton" if row.tile_us < row.form_us else "torch"
+        why = f"measured on {row.gpu}" if exact else f"measured on {row.gpu} at another size"
+    return Decision(auto, tile, form, why) if impl == "auto" else Decision(impl, tile, form, "as asked for")
+
+
+def _predict(layer: Layer) -> tuple[str, str]:
+    """The kernel where it saves a whole pass over the activations or a quarter of the multiplications."""
+    if layer.dtype == torch.float32 and layer.precision == "ieee":
+        return "torch", "predicted: without tensor cores the multiplications take all the time"
+    if layer.function == "aspp_projection":
+        return "triton", "predicted: no concatenation and no upsampled pooling map are written"
+    if layer.residual:
+        return "triton", "predicted: the residual takes no pass of its own over the activations"
+    if layer.live_share < 0.75:
+        return "triton", f"predicted: {1 - layer.live_share:.0%} of the multiplications read padding and are left out"
+    return "torch", "predicted: the kernel would save neither a pass over the activations nor a quarter of the work"

@@ -1,0 +1,316 @@
+"""Convolution, batch norm, residual and ReLU in one pass, with the padding's work left out: the kernel for every GPU.
+
+    out[n, y, x, o] = relu( scale[o] * sum_{r, c, k} in[n, y S + r D - P, x S + c D - P, k] weight[o, r, c, k]
+                            + shift[o] + residual[n, y, x, o] )
+
+Fused: the folded batch norm (scale and shift), the addition of the residual and the ReLU, in fp32 on the accumulator,
+which is rounded once. A 1x1 convolution is a matrix product [N H W, C] x [C, C_out], a 3x3 one an implicit product of
+nine times the depth.
+
+Layout: everything NHWC. The pixels of ``x``, ``residual`` and ``out`` have a pitch, so that each may be a channel slice
+of a larger tensor. Weights are [C_out, kH, kW, C]. A program computes BLOCK_M pixels of BLOCK_N channels.
+
+The padding left out: with P = D and stride 1, row y reads rows y - D, y and y + D. Cut at min(D, H - D) and
+max(D, H - D), the rows form three intervals in each of which the same of these lie inside the map; so do the columns.
+The map falls into at most nine *rectangles* whose pixels share their live taps, which are a rectangle of the kernel. A
+program works on BLOCK_M consecutive pixels of one rectangle, over all images: the other taps are never computed, no
+load is masked, and a tap is one constant offset to the pixels' addresses. Chen et al., "Rethinking Atrous Convolution
+for Semantic Image Segmentation" (2017), observed that at large rates most taps of most pixels read padding. A 1x1
+convolution is, to all this, a 3x3 one dilated so far that only its centre lies inside the map.
+
+``aspp_branches`` computes several branches in one launch into channel slices of one tensor, those rectangles first that
+have many live taps, so that the short programs come last and fill the gaps.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .candidates import Tile, rectangles
+from .checks import pixel_pitch
+from .splits import add_splits, adding_programs, scale_and_shift
+
+# The row and column intervals of the nine rectangles, two bits each, those with many live taps first: (0, 0), (0, 1),
+# (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (2, 1), (2, 2).
+ROW_ORDER = tl.constexpr(0b10_10_01_10_00_01_01_00_00)
+COLUMN_ORDER = tl.constexpr(0b10_01_10_00_10_01_00_01_00)
+
+
+@triton.jit
+def interval(order, dilation, size):
+    """The ``order``-th of the three intervals of an axis, those with many live taps first.
+
+    Returns its first position, its length, its first live tap and their number.
+    """
+    inner = tl.maximum(tl.minimum(dilation, size - dilation), 0)
+    outer = tl.minimum(tl.maximum(dilation, size - dilation), size)
+    whole = 2 * dilation < size  # the middle reads all three taps inside; otherwise its own position alone
+    kind = tl.where(whole, order, (order + 1) % 3)  # 0 the middle, 1 the beginning, 2 the end
+    start = tl.where(kind == 0, inner, tl.where(kind == 1, 0, outer))
+    stop = tl.where(kind == 0, outer, tl.where(kind == 1, inner, size))
+    first_tap = tl.where(kind == 0, tl.where(whole, 0, 1), tl.where(kind == 1, 1, 0))
+    taps = tl.where(kind == 0, tl.where(whole, 3, 1), 2)
+    return start, stop - start, first_tap, taps
+
+
+@triton.jit
+def pick(values, index):
+    """``values[index]`` of a tuple."""
+    result = values[0]
+    for i in tl.static_range(1, len(values)):
+        result = tl.where(index == i, values[i], result)
+    return result
+
+
+@triton.jit
+def locate_run(tile, dilations, N, H, W, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The rectangle of a tile, counted through the rectangles of all branches, and the tile's number in it.
+
+    Returns branch, run, first row, rows, first row tap, row taps, first column, columns, first column tap, column taps.
+    """
+    BRANCHES: tl.constexpr = len(dilations)
+    slot = tl.arange(0, SLOTS)
+    order = slot // BRANCHES
+    dilation = pick(dilations, slot % BRANCHES)
+    _, rows, _, _ = interval((ROW_ORDER >> (2 * order)) & 3, dilation, H)
+    _, columns, _, _ = interval((COLUMN_ORDER >> (2 * order)) & 3, dilation, W)
+    runs = tl.where(order < 9, (N * rows * columns + BLOCK_M - 1) // BLOCK_M, 0)
+    mine = tl.sum((tl.cumsum(runs) <= tile).to(tl.int32))  # the rectangles before the tile's
+    run = tile - tl.sum(tl.where(slot < mine, runs, 0))
+    order = mine // BRANCHES
+    branch = mine % BRANCHES
+    dilation = pick(dilations, branch)
+    y, rows, r, row_taps = interval((ROW_ORDER >> (2 * order)) & 3, dilation, H)
+    x, columns, c, column_taps = interval((COLUMN_ORDER >> (2 * order)) & 3, dilation, W)
+    return branch, run, y, rows, r, row_taps, x, columns, c, column_taps
+
+
+@triton.jit
+def conv_kernel(
+    x_ptr, weight_ptrs, scale_ptr, shift_ptr, residual_ptr, out_ptr, sums_ptr,
+    N, C, H, W, C_out, H_out, W_out, padding, dilations,
+    stride_xp, stride_rp, stride_op,
+    KERNELS: tl.constexpr, STRIDE: tl.constexpr, SKIP: tl.constexpr, MASKED: tl.constexpr,
+    RELU: tl.constexpr, PER_IMAGE: tl.constexpr, SPLITS: tl.constexpr,
+    SLOTS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M pixels of BLOCK_N of the C_out channels of one branch; or one of SPLITS parts of their sums.
+
+    The strides are those of a pixel of x, residual and out. They and the channels are counted in UNITs, which tells the
+    compiler how far its loads are aligned.
+    """
+    C *= UNIT
+    C_out *= UNIT
+    stride_xp *= UNIT
+    stride_rp *= UNIT
+    stride_op *= UNIT
+    blocks_n = tl.cdiv(C_out, BLOCK_N)
+    block_n = tl.program_id(0) % blocks_n
+    split = tl.program_id(0) // blocks_n % SPLITS
+    tile = tl.program_id(0) // (blocks_n * SPLITS)
+
+    if SKIP:
+        branch, run, y0, rows, r0, row_taps, x0, columns, c0, column_taps = locate_run(
+            tile, dilations, N, H_out, W_out, SLOTS, BLOCK_M
+        )
+        dilation = pick(dilations, branch)
+        padding = dilation
+        weight_ptr = pick(weight_ptrs, branch)
+        kernel = pick(KERNELS, branch)
+    else:
+        branch, run, y0, rows, r0, x0, columns, c0 = 0, tile, 0, H_out, 0, 0, W_out, 0
+        dilation, weight_ptr, kernel = dilations[0], weight_ptrs[0], KERNELS[0]
+        row_taps, column_taps = kernel, kernel
+
+    # The pixels. Past the rectangle's end its last one is computed again, and not stored.
+    pixels = N * rows * columns
+    offs_m = run * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    mask_m = offs_m < pixels
+    offs_m = tl.minimum(offs_m, pixels - 1)
+    n = (offs_m // (rows * columns)).to(tl.int64)
+    y = y0 + offs_m % (rows * columns) // columns
+    x = x0 + offs_m % columns
+    y_in = y * STRIDE - padding
+    x_in = x * STRIDE - padding
+    pixel_in = (n * H + y_in) * W + x_in
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + (pixel_in * stride_xp)[:, None] + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    rows_w = tl.minimum(offs_n, C_out - 1).to(tl.int64) * (kernel * kernel * C)
+    weight_ptrs = weight_ptr + rows_w[None, :] + offs_k[:, None]  # [BLOCK_K, BLOCK_N]
+
+    # One loop over the live taps and, within each, the channels.
+    blocks_k = tl.cdiv(C, BLOCK_K)
+    steps = row_taps * column_taps * blocks_k
+    first = steps * split // SPLITS
+    k = first % blocks_k * BLOCK_K
+    c = c0 + first // blocks_k % column_taps
+    r = r0 + first // blocks_k // column_taps
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in tl.range(first, steps * (split + 1) // SPLITS):
+        tap_x = (r.to(tl.int64) * W + c) * dilation * stride_xp
+        tap_w = tl.where(kernel == 1, 0, r * kernel + c) * C
+        mask_k = offs_k < (BLOCK_K if EVEN_K else C - k)
+        mask_x = mask_k[None, :]
+        if MASKED:
+            row, column = y_in + r * dilation, x_in + c * dilation
+            mask_x = mask_x & ((row >= 0) & (row < H) & (column >= 0) & (column < W))[:, None]
+        values = tl.load(x_ptrs + (tap_x + k), mask=mask_x, other=0.0)
+        weights = tl.load(weight_ptrs + (tap_w + k), mask=mask_k[:, None], other=0.0)
+        acc = tl.dot(values, weights, acc, input_precision=PRECISION)
+        k += BLOCK_K
+        next_tap = k >= C
+        k = tl.where(next_tap, 0, k)
+        c = tl.where(next_tap, c + 1, c)
+        next_row = c == c0 + column_taps
+        c = tl.where(next_row, c0, c)
+        r = tl.where(next_row, r + 1, r)
+
+    pixel = ((n * H_out + y) * W_out + x)[:, None]  # [BLOCK_M, 1]
+    channel = branch * C_out + offs_n
+    channels = len(dilations) * C_out
+    mask_n = offs_n < C_out
+    mask = mask_m[:, None] & mask_n[None, :]
+    if SPLITS > 1:
+        tl.store(sums_ptr + (pixel * SPLITS + split) * channels + channel[None, :], acc, mask=mask)
+    else:
+        if PER_IMAGE:
+            acc = scale_and_shift(acc, scale_ptr, None, channel, mask_n)
+            acc += tl.load(shift_ptr + n[:, None] * channels + channel[None, :], mask=mask, other=0.0)
+        else:
+            acc = scale_and_shift(acc, scale_ptr, shift_ptr, channel, mask_n)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + pixel * stride_rp + channel[None, :], mask=mask, other=0.0)
+            acc += residual.to(tl.float32)
+        if RELU:
+            acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(out_ptr + pixel * stride_op + channel[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    *,
+    stride: int,
+    padding: int,
+    dilation: int,
+    relu: bool,
+    tile: Tile,
+    precision: str,
+) -> None:
+    """Write a convolution to ``out``.
+
+    Args:
+        x, residual, out: (N, C, H, W), dense channels_last or channel slices of such.
+        weight: (C_out, C, k, k) in channels_last memory.
+        scale: (C_out,) fp32, or None.
+        shift: (C_out,) fp32; or (N, C_out), one per image.
+        tile: the tile choice; ``skip`` needs a 3x3 kernel with stride 1 and padding equal to dilation.
+        precision: of fp32 products: ``"tf32"`` or ``"ieee"``.
+    """
+    _launch(
+        x, [weight], [dilation], scale, shift, residual, out,
+        stride=stride, padding=padding, relu=relu, tile=tile, precision=precision,
+    )  # fmt: skip
+
+
+def aspp_branches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scale: Tensor | None,
+    shift: Tensor,
+    out: Tensor,
+    *,
+    rates: Sequence[int],
+    tile: Tile,
+    precision: str,
+) -> None:
+    """Write the branches of ASPP, one 1x1 and a 3x3 for each rate, side by side to ``out``.
+
+    Args:
+        x: (N, C, H, W); out: (N, (1 + len(rates)) * C_b, H, W), channels_last.
+        weights: (C_b, C, 1, 1) and one (C_b, C, 3, 3) for each rate, in channels_last memory.
+        scale, shift: ((1 + len(rates)) * C_b,) fp32; scale may be None.
+    """
+    far = max(x.shape[2:])  # where only the centre of a 3x3 kernel is inside the map
+    _launch(
+        x, weights, [far, *rates], scale, shift, None, out,
+        stride=1, padding=0, relu=True, tile=tile, precision=precision,
+    )  # fmt: skip
+
+
+def aspp_projection(
+    branches: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    out: Tensor,
+    *,
+    tile: Tile,
+    precision: str,
+) -> None:
+    """Write the projection of ASPP's branches; the pooled branch is part of ``shift`` (N, C_out)."""
+    conv_bn_relu(
+        branches, weight, scale, shift, None, out,
+        stride=1, padding=0, dilation=1, relu=True, tile=tile, precision=precision,
+    )  # fmt: skip
+
+
+def _launch(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    scale: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    *,
+    stride: int,
+    padding: int,
+    relu: bool,
+    tile: Tile,
+    precision: str,
+) -> None:
+    N, C, H, W = x.shape
+    channels, H_out, W_out = out.shape[1:]
+    C_out, kernel = weights[0].shape[0], weights[0].shape[2]
+    pixels = N * H_out * W_out
+    if out.numel() == 0:
+        return
+    skip = len(weights) > 1 or (tile.skip and kernel == 3 and stride == 1 and padding == dilations[0])
+    if skip:
+        cut = [rectangle for dilation in dilations for rectangle in rectangles(H_out, W_out, dilation)]
+        runs = sum(-(-N * rows * columns // tile.block_m) for rows, columns, *_ in cut)
+    else:
+        runs = -(-pixels // tile.block_m)
+    programs = runs * -(-C_out // tile.block_n) * tile.splits
+    adders = adding_programs(out) if tile.splits > 1 else 0
+    if max(programs, adders, N * H * W, pixels + tile.block_m) >= 2**31:
+        raise ValueError(f"x {tuple(x.shape)} has more pixels than can be indexed with 32 bits")
+    sums = None
+    if tile.splits > 1:
+        sums = torch.empty((pixels, tile.splits, channels), dtype=torch.float32, device=x.device)
+    pitches = [pixel_pitch(x), pixel_pitch(out if residual is None else residual), pixel_pitch(out)]
+    unit = math.gcd(C, C_out, *pitches, 16)
+    with torch.cuda.device_of(x):
+        conv_kernel[(programs,)](
+            x, tuple(weights), scale, shift, residual, out, sums,
+            N, C // unit, H, W, C_out // unit, H_out, W_out, padding, tuple(dilations),
+            *(pitch // unit for pitch in pitches),
+            KERNELS=tuple(weight.shape[2] for weight in weights), STRIDE=stride,
+            SKIP=skip, MASKED=not skip and padding > 0, SLOTS=triton.next_power_of_2(9 * len(weights)),
+            RELU=relu, PER_IMAGE=shift.ndim == 2, SPLITS=tile.splits, UNIT=unit, PRECISION=precision,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN_K=C % tile.block_k == 0,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    if sums is not None:
+        add_splits(sums, scale, shift, residual, out, relu=relu)

@@ -1,0 +1,246 @@
+"""Measure what may serve a convolution: each tile choice of the kernels and each form of the library.
+
+Everything is compared with PyTorch's convolution in fp64 before it is timed. What is wrong, or fails, is warned of and
+takes infinitely long: it is never the fastest.
+"""
+
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import library
+from .candidates import DEFAULT_FORM, MIN_STEPS, SPLITS, Gpu, Layer, Measurement, Tile, tiles_for
+from .checks import output_size
+from .choice import convolution_precision, why_not
+from .measure import Call, largest_error, measure
+
+Convolution = Callable[..., Tensor]  # of what random_inputs gives
+
+
+class Times(NamedTuple):
+    """In microseconds, infinite for what is wrong or fails."""
+
+    tiles: dict[Tile, float]
+    forms: dict[str, float]
+
+
+def tune(
+    layer: Layer, device: torch.device, *, seconds: float = 0.05, timer: Callable[[Call], float] | None = None
+) -> Times:
+    """Measure every tile choice and library form of a layer on random inputs, with ``cudnn.benchmark`` on.
+
+    Args:
+        layer: whose kernels' scale is None, as in a folded network.
+        device: where to measure; no tile choice is measured where the kernels can't run.
+        seconds: about how long to repeat each.
+        timer: see ``measure``.
+
+    Raises:
+        RuntimeError: a choice has left the GPU unusable, so that nothing can be measured after it.
+    """
+    inputs = random_inputs(layer, device)
+    expected = in_fp64(layer, inputs)
+    limit = tolerance(layer.dtype, device)
+
+    def microseconds(name: str, candidate: Convolution) -> float:
+        try:
+            found = measure(
+                candidate, inputs, lambda *_: expected, limit, error=largest_error, seconds=seconds, timer=timer
+            )
+        except Exception as error:  # a compiler's, a launch's, too little memory, a wrong result
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            warnings.warn(f"{name} is left out for {layer}: {error}", RuntimeWarning, stacklevel=2)
+            return math.inf
+        return 1000 * found.p50
+
+    with _cudnn_benchmark():
+        return Times(
+            {tile: microseconds(tile_name(tile), kernel_call(layer, tile)) for tile in tile_choices(layer, device)},
+            {form: microseconds(form, library_call(layer, form)) for form in library_forms(layer, device)},
+        )
+
+
+def fastest(layer: Layer, device: torch.device, times: Times) -> Measurement | None:
+    """The fastest tile choice and library form; None if no tile choice was tried, or nothing was right."""
+    if not times.tiles or min(*times.tiles.values(), *times.forms.values()) == math.inf:
+        return None
+    gpu = Gpu.of(device)
+    tile, form = _first_smallest(times.tiles), _first_smallest(times.forms)
+    return Measurement(
+        gpu=gpu.name,
+        capability=gpu.capability,
+        torch=str(torch.__version__),
+        triton=metadata.version("triton"),
+        layer=layer,
+        tile=tile,
+        tile_us=times.tiles[tile],
+        form=form,
+        form_us=times.forms[form],
+    )
+
+
+def tile_choices(layer: Layer, device: torch.device) -> list[Tile]:
+    """Those that may serve a layer, also with their K loop split where a GPU has room for more programs."""
+    if why_not(device, layer.dtype) is not None:
+        return []
+    gpu = Gpu.of(device)
+    found = []
+    for tile in tiles_for(layer, gpu.capability):
+        runs = sum(count for count, _ in layer.runs(tile))
+        programs = runs * -(-layer.C_out // tile.block_n)
+        steps = layer.executed(tile) / (runs * tile.block_m) * -(-layer.C // tile.block_k)
+        most = steps / MIN_STEPS if programs < 2 * gpu.multiprocessors else 1
+        found += [tile._replace(splits=splits) for splits in SPLITS if splits <= max(most, 1)]
+    return found
+
+
+def library_forms(layer: Layer, device: torch.device) -> list[str]:
+    """Those that can run: cuDNN's own needs CUDA and a ReLU, and the projection has one form."""
+    if layer.function == "aspp_projection" or device.type != "cuda" or not layer.relu:
+        return [DEFAULT_FORM]
+    return list(library.FORMS)
+
+
+def tile_name(tile: Tile) -> str:
+    """Such as ``pointer-128x128x64-8w-3s-2split-skip``: warps, stages, splits."""
+    name = f"{tile.kernel}-{tile.block_m}x{tile.block_n}x{tile.block_k}-{tile.num_warps}w-{tile.num_stages}s"
+    return name + (f"-{tile.splits}split" if tile.splits > 1 else "") + ("-skip" if tile.skip else "")
+
+
+def size_out(layer: Layer) -> tuple[int, int]:
+    """(H', W') of the result."""
+    if layer.function == "aspp_branches":
+        return layer.H, layer.W
+    H, W = (
+        output_size(size, kernel, layer.stride, layer.padding, layer.dilations[0])
+        for size, kernel in zip((layer.H, layer.W), layer.kernel, strict=True)
+    )
+    return H, W
+
+
+def random_inputs(layer: Layer, device: torch.device, seed: int = 0) -> list[Any]:
+    """Tensors for the layer's function, channels_last, whose result has values of the order of 1.
+
+    conv_bn_relu: x (N, C, H, W), weight (C_out, C, kH, kW), shift (C_out,), residual (N, C_out, H', W') or None.
+    aspp_branches: x (N, C, H, W), shift ((1 + rates) * C_b,), then the weights.
+    aspp_projection: branches (N, C, H, W), pooled (N, C_out, 1, 1), weight (C_out, C + C_out, 1, 1), shift (C_out,).
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype = layer.dtype, fan_in: int = 1) -> Tensor:
+        values = torch.randn(shape, device=device, generator=generator) / math.sqrt(fan_in)
+        return values.to(dtype, memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
+
+    def weight(C_in: int, kernel: tuple[int, int]) -> Tensor:
+        return normal(layer.C_out, C_in, *kernel, fan_in=C_in * math.prod(kernel))
+
+    x = normal(layer.N, layer.C, layer.H, layer.W)
+    if layer.function == "aspp_branches":
+        kernels = [(1, 1), *[layer.kernel] * len(layer.dilations)]
+        shift = normal(len(kernels) * layer.C_out, dtype=torch.float32)
+        return [x, shift, *(weight(layer.C, kernel) for kernel in kernels)]
+    shift = normal(layer.C_out, dtype=torch.float32)
+    if layer.function == "aspp_projection":
+        return [x, normal(layer.N, layer.C_out, 1, 1), weight(layer.C + layer.C_out, (1, 1)), shift]
+    residual = normal(layer.N, layer.C_out, *size_out(layer)) if layer.residual else None
+    return [x, weight(layer.C, layer.kernel), shift, residual]
+
+
+def library_call(layer: Layer, form: str) -> Convolution:
+    """The layer by one of the library's forms, as a function of its ``random_inputs``."""
+    convolve = library.FORMS[form]
+
+    def conv_bn_relu(x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
+        (dilation,) = layer.dilations
+        return convolve(x, weight, None, shift, residual, layer.stride, layer.padding, dilation, layer.relu)
+
+    def aspp_branches(x: Tensor, shift: Tensor, *weights: Tensor) -> Tensor:
+        return library.concatenated_branches(convolve, x, weights, None, shift, layer.dilations)
+
+    def aspp_projection(branches: Tensor, pooled: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+        return library.aspp_projection(branches, pooled, weight, None, shift)
+
+    functions: dict[str, Convolution] = {
+        "conv_bn_relu": conv_bn_relu,
+        "aspp_branches": aspp_branches,
+        "aspp_projection": aspp_projection,
+    }
+    return functions[layer.function]
+
+
+def kernel_call(layer: Layer, tile: Tile) -> Convolution:
+    """The layer by a kernel in one tile choice, as a function of its ``random_inputs``."""
+
+    def launchers() -> Any:
+        return importlib.import_module(".conv" if tile.kernel == "pointer" else ".conv_tma", __package__)
+
+    def empty(x: Tensor, channels: int) -> Tensor:
+        shape = (layer.N, channels, *size_out(layer))
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    def conv_bn_relu(x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
+        out = empty(x, layer.C_out)
+        launchers().conv_bn_relu(
+            x, weight, None, shift, residual, out,
+            stride=layer.stride, padding=layer.padding, dilation=layer.dilations[0], relu=layer.relu,
+            tile=tile, precision=layer.precision,
+        )  # fmt: skip
+        return out
+
+    def aspp_branches(x: Tensor, shift: Tensor, *weights: Tensor) -> Tensor:
+        out = empty(x, len(weights) * layer.C_out)
+        launchers().aspp_branches(
+            x, weights, None, shift, out,
+            rates=layer.dilations, tile=tile, precision=layer.precision,
+        )  # fmt: skip
+        return out
+
+    def aspp_projection(branches: Tensor, pooled: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+        out = empty(branches, layer.C_out)
+        own_weight, shift = library.split_projection(branches, pooled, weight, None, shift)
+        launchers().aspp_projection(
+            branches, shift, own_weight.contiguous(memory_format=torch.channels_last), None, out,
+            tile=tile, precision=layer.precision,
+        )  # fmt: skip
+        return out
+
+    functions: dict[str, Convolution] = {
+        "conv_bn_relu": conv_bn_relu,
+        "aspp_branches": aspp_branches,
+        "aspp_projection": aspp_projection,
+    }
+    return functions[layer.function]
+
+
+def in_fp64(layer: Layer, inputs: list[Any]) -> Tensor:
+    """What the layer's function gives for these inputs, by PyTorch in fp64."""
+    return library_call(layer, DEFAULT_FORM)(*(None if value is None else value.double() for value in inputs))
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """Of ``largest_error``: a few roundings of the result's dtype; with TF32, of the products that are summed."""
+    if dtype != torch.float32:
+        return 2 * torch.finfo(dtype).eps
+    return 2**-8 if convolution_precision(device) == "tf32" else 1e-4
+
+
+def _first_smallest(times: dict[Any, float]) -> Any:
+    return min(times, key=lambda choice: times[choice])
+
+
+@contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

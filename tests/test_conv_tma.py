@@ -1,0 +1,384 @@
+"""The kernels over tensor maps against fp64 PyTorch."""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastdeeplab.kernels import conv_tma
+from fastdeeplab.kernels.candidates import Tile
+from fastdeeplab.kernels.conv_tma import aspp_branches, aspp_projection, choose_box, conv_bn_relu, executed_taps
+from fastdeeplab.kernels.measure import relative_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+GEMM = Tile("gemm_tma", 64, 32, 64, num_warps=4, num_stages=3)  # few programs: the interpreter's cost is per operation
+BOXES = Tile("boxes_tma", 64, 32, 64, num_warps=4, num_stages=3, skip=True)
+PATTERN = -77.0  # around outputs
+BAND = 1024  # elements before and after a tensor
+SLACK = {  # the kernel adds the products in another order than PyTorch; with 16 bits that drowns in the last rounding
+    torch.float32: 2**-21,
+    torch.float16: 2**-14,
+    torch.bfloat16: 2**-11,
+}
+
+
+def placed(values: Tensor, around: float, beside: int = 8) -> tuple[Tensor, Tensor]:
+    """(N, C, H, W) values as a slice of wider pixels, inside a larger buffer of ``around``; and that buffer."""
+    N, C, H, W = values.shape
+    pitch = C + 2 * beside
+    buffer = torch.full((2 * BAND + N * H * W * pitch,), around, dtype=values.dtype, device=values.device)
+    inner = buffer.as_strided((N, C, H, W), (H * W * pitch, 1, W * pitch, pitch), BAND + beside)
+    inner.copy_(values)
+    return inner, buffer
+
+
+def guarded(values: Tensor) -> Tensor:
+    """Values among NaN: in channels_last memory if they are images or weights."""
+    if values.ndim == 4:
+        return placed(values, torch.nan, beside=0)[0]
+    inner = torch.full((2 * BAND + values.numel(),), torch.nan, device=values.device)[BAND:-BAND].view(values.shape)
+    return inner.copy_(values)
+
+
+class Output:
+    """An output inside a pattern: ``written`` is what was written, once nothing around it has changed."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, beside: int = 8) -> None:
+        self.tensor, self.buffer = placed(torch.full(shape, torch.nan, dtype=dtype, device=device), PATTERN, beside)
+
+    @property
+    def written(self) -> Tensor:
+        written = self.tensor.clone()
+        self.tensor.fill_(PATTERN)
+        assert (self.buffer == PATTERN).all()
+        return written
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def eager(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor, residual: Tensor | None, dilation: int, relu: bool
+) -> Tensor:
+    """In the precision of its arguments."""
+    y = F.conv2d(x, weight, padding=weight.shape[2] // 2 * dilation, dilation=dilation)
+    y = y if scale is None else y * scale[:, None, None]
+    y = y + (shift[:, :, None, None] if shift.ndim == 2 else shift[:, None, None])
+    y = y if residual is None else y + residual
+    return y.relu() if relu else y
+
+
+def assert_accurate(actual: Tensor, *arguments: Any, dtype: torch.dtype) -> None:
+    """No further from fp64 than PyTorch in the same dtype, but for SLACK."""
+    exact = eager(*(a.double() if isinstance(a, Tensor) else a for a in arguments))
+    torchs = eager(*(a.to(dtype) if isinstance(a, Tensor) else a for a in arguments))
+    assert relative_error(actual, exact) <= relative_error(torchs, exact) + SLACK[dtype]
+
+
+def check_conv(
+    N: int, C: int, H: int, W: int, C_out: int, kernel: int, dilation: int, tile: Tile, dtype: torch.dtype,
+    device: torch.device, scaled: bool = True, residual: bool = False, relu: bool = True, beside: int = 8,
+    precision: str = "ieee",
+) -> None:  # fmt: skip
+    x = normal(N, C, H, W, dtype=dtype, device=device)
+    weight = normal(C_out, C, kernel, kernel, dtype=dtype, device=device) / (kernel * C**0.5)
+    scale = torch.rand(C_out, device=device) + 0.5 if scaled else None
+    shift = normal(C_out, device=device)
+    added = normal(N, C_out, H, W, dtype=dtype, device=device) if residual else None
+    out = Output((N, C_out, H, W), dtype, device, beside)
+    conv_bn_relu(
+        placed(x, torch.nan, beside)[0], guarded(weight),
+        None if scale is None else guarded(scale), guarded(shift),
+        None if added is None else placed(added, torch.nan, beside)[0], out.tensor,
+        stride=1, padding=kernel // 2 * dilation, dilation=dilation, relu=relu, tile=tile, precision=precision,
+    )  # fmt: skip
+    assert_accurate(out.written, x, weight, scale, shift, added, dilation, relu, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "C_out", "dilation", "dtype"),
+    [
+        pytest.param((1, 24, 7, 9), 24, 1, torch.float16, id="odd"),
+        pytest.param((1, 24, 7, 9), 24, 1, torch.float32, id="odd, fp32"),
+        pytest.param((2, 40, 9, 7), 40, 2, torch.float32, id="two images"),
+        pytest.param((3, 64, 5, 11), 8, 4, torch.float16, id="three images"),
+        pytest.param((1, 96, 13, 15), 32, 12, torch.float32, id="hardly a tap beside the centre"),
+        pytest.param((2, 24, 6, 5), 16, 2**33, torch.float16, id="dilated farther than the map"),
+        pytest.param((3, 40, 1, 1), 24, 2, torch.float32, id="one pixel"),
+        pytest.param((1, 24, 17, 1), 8, 4, torch.float16, id="one column"),
+    ],
+)
+def test_fault_13_3x3_on_any_map(
+    shape: tuple[int, int, int, int], C_out: int, dilation: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    check_conv(*shape, C_out, 3, dilation, BOXES, dtype, device)
+
+
+@pytest.mark.parametrize(
+    ("shape", "C_out", "tile", "dtype"),
+    [
+        pytest.param((1, 24, 7, 9), 40, GEMM, torch.float16, id="odd"),
+        pytest.param((2, 96, 5, 5), 24, GEMM, torch.float32, id="two images"),
+        pytest.param((3, 64, 1, 1), 32, GEMM, torch.float32, id="one pixel"),
+        pytest.param((2, 40, 9, 5), 24, BOXES, torch.float16, id="boxes"),
+    ],
+)
+def test_fault_13_1x1_on_any_map(
+    shape: tuple[int, int, int, int], C_out: int, tile: Tile, dtype: torch.dtype, device: torch.device
+) -> None:
+    check_conv(*shape, C_out, 1, 1, tile, dtype, device)
+
+
+@pytest.mark.parametrize(
+    ("scaled", "residual", "relu"), [(True, True, True), (False, True, False), (False, False, True)]
+)
+@pytest.mark.parametrize("tile", [GEMM, BOXES], ids=lambda tile: tile.kernel)
+def test_epilogues_and_splits(
+    tile: Tile, scaled: bool, residual: bool, relu: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scratch that no split wrote would be NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
+    kernel, dilation = (3, 2) if tile is BOXES else (1, 1)
+    for splits in (1, 3):
+        check_conv(
+            2, 72, 6, 7, 40, kernel, dilation, tile._replace(splits=splits), torch.float32, device,
+            scaled, residual, relu,
+        )  # fmt: skip
+
+
+def test_dense_tensors_of_other_kernel_sizes_without_skipping(device: torch.device) -> None:
+    check_conv(1, 24, 6, 9, 24, 5, 2, BOXES._replace(skip=False), torch.float16, device, residual=True, beside=0)
+
+
+def test_taps_that_only_read_padding_are_left_out(device: torch.device) -> None:
+    """Their weights are NaN, and times the padding's zero would be NaN too. The box is larger than the map."""
+    x = normal(1, 8, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.full((8, 8, 3, 3), torch.nan, device=device).contiguous(memory_format=torch.channels_last)
+    weight[:, :, 1, 1] = 1
+    out = Output((1, 8, 5, 5), torch.float32, device)
+    arguments = (x, weight, None, torch.zeros(8, device=device), None, out.tensor)
+    options: dict[str, Any] = {"stride": 1, "padding": 5, "dilation": 5, "relu": False, "precision": "ieee"}
+    conv_bn_relu(*arguments, tile=BOXES, **options)
+    assert relative_error(out.written, x.sum(1, keepdim=True).expand(-1, 8, -1, -1)) <= 2**-20
+    conv_bn_relu(*arguments, tile=BOXES._replace(skip=False), **options)
+    assert out.written.isnan().all()
+
+
+@pytest.mark.parametrize("box", [(1, 2, 16), (1, 32, 1), (2, 4, 4), (32, 1, 1)], ids=str)
+def test_every_box(box: tuple[int, int, int], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_tma, "choose_box", lambda *_: box)
+    check_conv(3, 24, 7, 9, 24, 3, 2, BOXES, torch.float16, device, residual=True)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_executed_taps_are_those_that_reach_the_map(kernel: int) -> None:
+    for size, tile, dilation in product([1, 5, 12], [1, 4, 16], [1, 2, 5, 30]):
+        reaching = sum(
+            any(0 <= p + (tap - kernel // 2) * dilation < size for p in range(start, min(start + tile, size)))
+            for start in range(0, size, tile)
+            for tap in range(kernel)
+        )
+        assert executed_taps(size, tile, kernel, dilation, True) == reaching
+        assert executed_taps(size, tile, kernel, dilation, False) == -(-size // tile) * kernel
+
+
+def test_choose_box() -> None:
+    assert choose_box(128, 1, 1, 1000, ((1, 1),), True) == (1, 1, 128)
+    assert choose_box(128, 1, 64, 64, ((3, 1),), False) == (1, 8, 16)
+    assert choose_box(64, 1, 5, 5, ((3, 1),), False) == (1, 8, 8)
+    assert choose_box(1024, 1000, 1, 1, ((3, 1),), True) == (256, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("N", "H", "W", "rates", "excess"),
+    [
+        pytest.param(8, 64, 64, (12, 24, 36), 0.001, id="512 at stride 8"),
+        pytest.param(8, 65, 65, (12, 24, 36), 0.075, id="520 at stride 8"),
+        pytest.param(1, 65, 65, (12, 24, 36), 0.29, id="520 at stride 8, one image"),
+        pytest.param(8, 33, 33, (6, 12, 18), 0.15, id="520 at stride 16"),
+        pytest.param(1, 128, 256, (12, 24, 36), 0.031, id="1024x2048 at stride 8"),
+    ],
+)
+def test_work_of_the_chosen_boxes(N: int, H: int, W: int, rates: tuple[int, ...], excess: float) -> None:
+    """Of the work of all branches, as a share of what the padded convolutions do."""
+    convolutions = ((1, 1), *((3, rate) for rate in rates))
+
+    def share(box: tuple[int, int, int]) -> float:
+        images = -(-N // box[0]) * box[0]
+        taps = sum(
+            executed_taps(H, box[1], *one, True) * box[1] * executed_taps(W, box[2], *one, True) * box[2]
+            for one in convolutions
+        )
+        return images * taps / (N * H * W * (1 + 9 * len(rates)))
+
+    box = choose_box(128, N, H, W, convolutions, True)
+    print(f"{N}x{H}x{W}: {share(box):.3f} with boxes {box}, exactly {share((1, 1, 1)):.3f}")
+    assert share(box) <= share((1, 1, 1)) + excess
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("rates", [(1, 2, 12), (7, 3), (4, 3, 2, 1, 5)], ids=str)
+def test_aspp_branches(rates: tuple[int, ...], splits: int, device: torch.device) -> None:
+    N, C, H, W, C_b = 2, 72, 5, 7, 24
+    x = normal(N, C, H, W, dtype=torch.float16, device=device)
+    weights = [normal(C_b, C, k, k, dtype=torch.float16, device=device) / C**0.5 for k in (1, *(3 for _ in rates))]
+    channels = len(weights) * C_b
+    scale, shift = torch.rand(channels, device=device) + 0.5, normal(channels, device=device)
+    out = Output((N, channels, H, W), torch.float16, device)
+    aspp_branches(
+        placed(x, torch.nan)[0], [guarded(weight) for weight in weights], guarded(scale), guarded(shift), out.tensor,
+        rates=rates, tile=BOXES._replace(splits=splits), precision="ieee",
+    )  # fmt: skip
+    for i, written in enumerate(out.written.split(C_b, dim=1)):
+        own = slice(i * C_b, (i + 1) * C_b)
+        rate = (1, *rates)[i]
+        assert_accurate(written, x, weights[i], scale[own], shift[own], None, rate, True, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_aspp_projection(dtype: torch.dtype, device: torch.device) -> None:
+    """By a slice of the weight, whose rest is the pooled branch's; the last tile of an image is cut off by its end."""
+    x = normal(3, 136, 5, 7, dtype=dtype, device=device)
+    weight = guarded(normal(40, 160, 1, 1, dtype=dtype, device=device) / 12)[:, :136]
+    scale, shift = torch.rand(40, device=device) + 0.5, normal(3, 40, device=device)
+    for splits in (1, 3):
+        out = Output((3, 40, 5, 7), dtype, device)
+        aspp_projection(
+            placed(x, torch.nan)[0], guarded(shift), weight, guarded(scale), out.tensor,
+            tile=GEMM._replace(splits=splits, block_m=16), precision="ieee",
+        )  # fmt: skip
+        assert_accurate(out.written, x, weight, scale, shift, None, 1, True, dtype=dtype)
+
+
+def test_fault_12_empty_batch_launches_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_tma, "conv_kernel", None)
+    check_conv(0, 24, 5, 5, 24, 3, 1, BOXES, torch.float16, device)
+    check_conv(0, 24, 5, 5, 24, 1, 1, GEMM, torch.float16, device)
+
+
+def test_fault_05_size_one_dimensions_with_odd_strides(device: torch.device) -> None:
+    """One pixel per image: the strides along H and W say nothing."""
+    x, weight = normal(3, 24, 1, 1, device=device), normal(8, 24, 1, 1, device=device) / 5
+    shift = normal(8, device=device)
+    for tile in (GEMM, BOXES):
+        out = torch.empty(3, 8, device=device).as_strided((3, 8, 1, 1), (8, 1, 3, 5))
+        odd = x.as_strided((3, 24, 1, 1), (24, 1, 7, 11))
+        conv_bn_relu(
+            odd, weight.as_strided((8, 24, 1, 1), (24, 1, 5, 3)), None, shift, None, out,
+            stride=1, padding=0, dilation=1, relu=True, tile=tile, precision="ieee",
+        )  # fmt: skip
+        assert_accurate(out, x, weight, None, shift, None, 1, True, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_fault_10_nan_passes_the_relu(splits: int, device: torch.device) -> None:
+    x = torch.ones(1, 8, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+    x[0, 2, 1, 1] = torch.nan
+    weight, shift = torch.ones(8, 8, 1, 1, device=device), torch.zeros(8, device=device)
+    out = torch.empty_like(x)
+    tile = GEMM._replace(splits=splits)
+    conv_bn_relu(
+        x, weight, None, shift, None, out,
+        stride=1, padding=0, dilation=1, relu=True, tile=tile, precision="ieee",
+    )  # fmt: skip
+    assert out[0, :, 1, 1].isnan().all()
+    assert out.isnan().sum() == 8
+
+
+def refused(match: str, x: Tensor, weight: Tensor, out: Tensor, tile: Tile = BOXES, **options: Any) -> None:
+    shift = options.pop("shift", torch.zeros(len(weight), device=x.device))
+    options = {"stride": 1, "padding": weight.shape[2] // 2, "dilation": 1, **options}
+    with pytest.raises(ValueError, match=match):
+        conv_bn_relu(x, weight, None, shift, None, out, relu=True, tile=tile, precision="ieee", **options)
+
+
+def test_what_tensor_maps_cannot_serve(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_tma, "conv_kernel", None)
+
+    def images(channels: int, dtype: torch.dtype = torch.float32, beside: int = 0) -> Tensor:
+        return placed(torch.zeros(2, channels, 4, 4, dtype=dtype, device=device), 0.0, beside)[0]
+
+    def weights(C_out: int, C: int, kernel: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+        return guarded(torch.zeros(C_out, C, kernel, kernel, dtype=dtype, device=device))
+
+    refused("stride 1 and padding", images(8), weights(8, 8), images(8), stride=2)
+    refused("stride 1 and padding", images(8), weights(8, 8), images(8), padding=2)
+    refused("square kernels of odd size", images(8), weights(8, 8, 2), images(8))
+    refused("square kernels of odd size", images(8), weights(8, 8, 3)[:, :, :, :1], images(8))
+    refused("serves 1x1 convolutions", images(8), weights(8, 8), images(8), GEMM)
+    shift = torch.zeros(2, 8, device=device)
+    refused("one shift for all images", images(8), weights(8, 8, 1), images(8), padding=0, shift=shift)
+    refused("chunks of 16 bytes: 6 channels", images(8), weights(6, 8), images(6))
+    with pytest.raises(ValueError, match="serves 1x1 convolutions"):
+        aspp_branches(
+            images(8), [weights(4, 8, 1), weights(4, 8)], None, torch.zeros(8, device=device), images(8),
+            rates=(1,), tile=GEMM, precision="ieee",
+        )  # fmt: skip
+    half = torch.float16
+    refused("x must lie at multiples of 16 bytes", images(8, half, 2), weights(8, 8, 3, half), images(8, half))
+    refused("weight must lie at multiples of 16 bytes", images(8)[:, :6], weights(8, 6), images(8))
+    refused("out must lie at multiples of 16 bytes", images(8), weights(8, 8), images(8, beside=1))
+    refused("at most 256 elements", images(8), weights(8, 8), images(8), BOXES._replace(block_n=512))
+
+
+def test_fault_01_more_pixels_than_coordinates_can_count() -> None:
+    """Found before anything is allocated: meta tensors have no memory."""
+    x = torch.empty(2**19, 64, 64, 8, device="meta").permute(0, 3, 1, 2)
+    weight = torch.empty(8, 8, 1, 1, device="meta")
+    tile = GEMM._replace(block_m=256)
+    refused("more programs than a launch can have", x, weight, torch.empty_like(x), tile)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    N=st.integers(1, 3),
+    map_size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    channels=st.tuples(st.sampled_from([8, 24, 72]), st.sampled_from([8, 40])),
+    dilation=st.integers(1, 10),
+    box=st.sampled_from([(1, 4, 4), (1, 2, 16), (2, 4, 8), (4, 1, 8)]),
+    splits=st.sampled_from([1, 2]),
+    skip=st.booleans(),
+    residual=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_anything(
+    N: int, map_size: tuple[int, int], channels: tuple[int, int], dilation: int, box: tuple[int, int, int],
+    splits: int, skip: bool, residual: bool, seed: int, device: torch.device,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    tile = BOXES._replace(splits=splits, skip=skip)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv_tma, "choose_box", lambda *_: box)
+        check_conv(N, channels[0], *map_size, channels[1], 3, dilation, tile, torch.float32, device, residual=residual)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "C_out", "kernel", "dilation"),
+    [
+        ((2, 1024, 65, 65), 256, 1, 1),
+        ((2, 64, 65, 65), 256, 1, 1),
+        ((8, 512, 33, 33), 512, 3, 4),
+        ((1, 512, 65, 65), 512, 3, 2),
+        ((1, 2048, 64, 64), 256, 3, 36),
+        ((2, 24, 31, 47), 40, 3, 12),
+    ],
+    ids=str,
+)
+def test_networks_sizes(
+    shape: tuple[int, int, int, int], C_out: int, kernel: int, dilation: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """PyTorch's error is that of the same precision: TF32 for fp32."""
+    name = "gemm_tma" if kernel == 1 else "boxes_tma"
+    block_k = 32 if dtype == torch.float32 else 64
+    choices = [(128, 128, 8, 3), (128, 256, 8, 3), (256, 128, 8, 3), (64, 128, 4, 4)]
+    for splits, (block_m, block_n, num_warps, num_stages) in product((1, 4), choices):
+        tile = Tile(name, block_m, block_n, block_k, num_warps, num_stages, splits, skip=True)
+        check_conv(*shape, C_out, kernel, dilation, tile, dtype, device, residual=True, precision="tf32")
