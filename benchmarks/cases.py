@@ -12,6 +12,7 @@ import pytest
 import roofline
 import torch
 from fastdeeplab.kernels.candidates import Gpu, Layer, Tile, predict_tile
+from fastdeeplab.kernels.choice import convolution_precision
 from fastdeeplab.kernels.tuning import (
     in_fp64,
     kernel_call,
