@@ -123,7 +123,7 @@ def test_aspp_executes_little_more_than_what_is_live(gpu: Gpu, dtype: torch.dtyp
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_tiles_fit_their_architecture(capability: tuple[int, int], dtype: torch.dtype) -> None:
+def test_fault_09_tiles_fit_their_architecture(capability: tuple[int, int], dtype: torch.dtype) -> None:
     architecture = candidates.architecture(capability)
     tiles = [tile for layer in (EXPAND, DENSE) for tile in candidates.tiles_for(retyped(layer, dtype), capability)]
     assert {tile.kernel for tile in tiles} == (

@@ -1,15 +1,21 @@
 """The pointer kernel of the fused convolutions against fp64 PyTorch."""
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import network_convolutions, small_convolutions
 from fastdeeplab.kernels import conv, reference
 from fastdeeplab.kernels.candidates import TILES, Tile
-from fastdeeplab.kernels.measure import relative_error
+from fastdeeplab.kernels.measure import largest_error, relative_error
+from fastdeeplab.kernels.tuning import in_fp64, kernel_call, random_inputs, tile_choices, tile_name, tolerance
 from guard_bands import assert_kept, banded, banded_allocations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,6 +26,14 @@ SLACK = {torch.float32: 2**-22, torch.float16: 2**-14, torch.bfloat16: 2**-11}  
 SMALL = Tile("pointer", 64, 64, 64, num_warps=4, num_stages=3)
 CHOICES = [tile for _, tile in TILES if tile.kernel == "pointer"]
 SKIP = SMALL._replace(skip=True)
+
+SANITIZED = [
+    ("test_conv.py", "test_no_stray_access"),
+    ("test_conv.py", "test_no_stray_access_by_the_branches"),
+    ("test_conv_tma.py", "test_epilogues_and_splits"),
+    ("test_argmax.py", "test_no_stray_access"),
+    ("test_cross_entropy.py", "test_no_stray_access"),
+]
 
 channels_last = partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
 
@@ -324,6 +338,36 @@ def test_no_stray_access_by_the_branches(device: torch.device) -> None:
     branches.out, buffer = banded(torch.full_like(branches.out, torch.nan), 77)
     assert torch.equal(branches.launch(SKIP), expected)
     assert_kept([buffer])
+
+
+@pytest.mark.parametrize(
+    ("network", "dtype"),
+    [
+        pytest.param(False, torch.float16, id="small"),
+        pytest.param(True, torch.bfloat16, id="networks bf16", marks=pytest.mark.gpu),
+        pytest.param(True, torch.float16, id="networks fp16", marks=pytest.mark.gpu),
+    ],
+)
+def test_fault_09_every_tile_choice_of_every_layer(network: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """All that may be chosen, not the winner alone: some compilers get some tile choices wrong."""
+    wrong = []
+    for case in network_convolutions(dtype) if network else small_convolutions(dtype):
+        inputs = random_inputs(case.layer, device)
+        exact = in_fp64(case.layer, inputs)
+        for tile in tile_choices(case.layer, device):
+            error = largest_error(kernel_call(case.layer, tile)(*inputs), exact)
+            if not error <= tolerance(dtype, device):
+                wrong.append((str(case), tile_name(tile), error))
+    assert not wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
+def test_compute_sanitizer_finds_nothing() -> None:
+    tests = [f"{Path(__file__).with_name(name)}::{test}" for name, test in SANITIZED]
+    command = ["compute-sanitizer", "--error-exitcode=9", sys.executable, "-m", "pytest", "-q", *tests]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

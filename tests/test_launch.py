@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from _pytest.mark import ParameterSet
 from accuracy import assert_argmax
 from fastdeeplab.kernels import library, reference
+from fastdeeplab.kernels.candidates import Layer, tiles_for
 from fastdeeplab.kernels.measure import relative_error
+from fastdeeplab.kernels.tuning import kernel_call
 from torch import Tensor
 
 from fastdeeplab import kernels
@@ -37,8 +40,23 @@ def loss_and_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     return loss.detach(), *torch.autograd.grad(loss, leaf)
 
 
+def convolutions(x: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    """One by split K, and ASPP's branches and projection."""
+    C = x.shape[1]
+    values = torch.linspace(-1, 1, 64 * C * 9, device=x.device)  # without a generator, which threads would share
+    weight, shift = values.view(64, C, 3, 3), values[:64]
+    branches = kernels.aspp_branches(
+        x, [weight[:, :, :1, :1], weight, weight], None, torch.cat(3 * [shift]), rates=(1, 2), impl="triton"
+    )
+    project = values[: 64 * 4].view(64, 4, 1, 1).repeat(1, 64, 1, 1)
+    return (
+        kernels.conv_bn_relu(x, weight, shift, shift, padding=2, dilation=2, impl="triton"),
+        kernels.aspp_projection(branches, branches[:, :64, :1, :1], project, shift, shift, impl="triton"),
+    )
+
+
 Function = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-FUNCTIONS = [argmax, loss_and_gradient]
+FUNCTIONS = [argmax, loss_and_gradient, convolutions]
 
 
 def equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
@@ -123,6 +141,24 @@ def test_fault_07_tensors_on_the_device_that_is_not_current(function: Function, 
     assert equal(tuple(tensor.to(device) for tensor in actual), function(logits, target))
 
 
+def test_fault_11_fp32_convolutions_follow_pytorchs_setting(device: torch.device) -> None:
+    x, weight = torch.randn(1, 512, 5, 6, device=device), torch.randn(64, 512, 1, 1, device=device)
+    exact = F.conv2d(x.double(), weight.double()).relu()
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision  # type: ignore[attr-defined]
+    errors = {}
+    try:
+        for precision in ("ieee", "tf32"):
+            conv.fp32_precision = precision  # type: ignore[attr-defined]
+            y = kernels.conv_bn_relu(x, weight, None, torch.zeros(64, device=device), impl="triton")
+            errors[precision] = relative_error(y, exact)
+    finally:
+        conv.fp32_precision = before  # type: ignore[attr-defined]
+    assert errors["ieee"] < 1e-6
+    assert errors["tf32"] < 1e-3
+    assert device.type == "cpu" or errors["tf32"] > 1e-5
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_fault_11_fp32_is_not_done_in_tf32(impl: str, device: torch.device) -> None:
     """PyTorch's default asks for full fp32: TF32 would be off by 3e-4."""
@@ -192,6 +228,36 @@ def test_the_same_bit_by_bit_in_every_run(
     first = loss_and_gradient(logits, target)
     for _ in range(10):
         assert equal(loss_and_gradient(logits, target), first)
+
+
+@pytest.mark.parametrize(("N", "size", "channels"), [(3, 4, (16, 32)), large(33, 512, (256, 64))])
+@pytest.mark.parametrize("tile", ["pointer", "gemm_tma"])
+def test_fault_01_convolutions_of_more_than_2_31_values(
+    tile: str, N: int, size: int, channels: tuple[int, int], device: torch.device
+) -> None:
+    """fp16, since the interpreter gets bf16 wrong. The last image is compared, which lies past 2^31."""
+    if device.type == "cuda" and tile == "gemm_tma" and torch.cuda.get_device_capability(device) < (9, 0):
+        pytest.skip("TMA needs compute capability 9.0")
+    C, C_out = channels
+    x = torch.randn(N, C, size, size, dtype=torch.float16, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    layer = Layer.of("conv_bn_relu", x.shape, (C_out, C, 1, 1), x.dtype)
+    choice = next(t for t in tiles_for(layer, (9, 0)) if t.kernel == tile)
+    weight = torch.randn(C_out, C, 1, 1, dtype=torch.float16, device=device) / C**0.5
+    y = kernel_call(layer, choice)(x, weight, torch.zeros(C_out, device=device), None)
+    exact = F.conv2d(x[-1:].double(), weight.double()).relu()
+    assert relative_error(y[-1:], exact) < 1e-3
+
+
+@pytest.mark.parametrize("tiles", [70, large(70_000)])
+def test_fault_03_convolutions_of_more_programs_than_65535(tiles: int, device: torch.device) -> None:
+    x = torch.randn(1, 8, 1, 64 * tiles, dtype=torch.float16, device=device)
+    layer = Layer.of("conv_bn_relu", x.shape, (8, 8, 1, 1), x.dtype)
+    choice = next(tile for tile in tiles_for(layer, (8, 0)) if tile.block_m == 64)
+    weight = torch.randn(8, 8, 1, 1, dtype=torch.float16, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = kernel_call(layer, choice)(x, weight, torch.zeros(8, device=device), None)
+    assert relative_error(y, F.conv2d(x.float(), weight.float()).relu()) < 1e-3
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -351,13 +352,13 @@ def test_tuning_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            tune.main(["--out", str(path), "--dtype", "float32", "--layers", "expand", "--seconds", "0.001"])
+            tune.main(["--out", str(path), "--dtype", "float16", "--layers", "expand", "--seconds", "0.001"])
     finally:
         candidates.tiles_for.cache_clear()
     assert [
         str(warning.message).split(" is left out")[0] for warning in caught if "left out" in str(warning.message)
-    ] == [tile_name(listed[0]._replace(block_k=32))]
+    ] == [tile_name(listed[0])]
     (row,) = map(Measurement.from_json, tune.read_table(path)["measurements"])
-    assert row.layer == CASES[1].layer
-    assert row.tile == listed[1]._replace(block_k=32)
+    assert row.layer == replace(CASES[1].layer, dtype=torch.float16)
+    assert row.tile == listed[1]
     assert 0 < row.form_us < row.tile_us < math.inf
