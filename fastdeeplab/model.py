@@ -29,8 +29,8 @@ class Kernels:
     """Which implementation each kind of module runs: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     ``"auto"`` is the Triton kernel where it can run and is measured or predicted to be faster, PyTorch elsewhere;
-    ``fastdeeplab.explain`` says which and why. ``"triton"`` raises where the kernel can't run. The convolutions have no
-    kernel yet: they are PyTorch's with ``"auto"``, and refuse ``"triton"``. ``upsample_cross_entropy`` is for the loss,
+    ``fastdeeplab.explain`` says which and why. ``"triton"`` raises where the kernel can't run. The model's convolutions
+    are PyTorch's as yet, with ``"auto"`` too, and refuse ``"triton"``. ``upsample_cross_entropy`` is for the loss,
     which is no part of the model: ``SegmentationLoss(kernel=model.kernels.upsample_cross_entropy)``.
 
     Raises:
@@ -47,7 +47,7 @@ class Kernels:
             check_impl(getattr(self, field.name), field.name)
         for name in ("conv_bn_relu", "aspp"):
             if getattr(self, name) == "triton":
-                raise ValueError(f'{name} must be "auto" or "torch", got "triton": it has no Triton kernel yet')
+                raise ValueError(f'{name} must be "auto" or "torch", got "triton": the model does not run that kernel yet')
 
 
 class ResNetModel(nn.Module):
@@ -131,7 +131,7 @@ class ResNetModel(nn.Module):
             _require(
                 kernels != "triton",
                 "kernels",
-                '"auto" or "torch" (the convolutions have no Triton kernel yet)',
+                '"auto" or "torch" (the convolutions do not run their kernels yet)',
                 kernels,
             )
             kernels = Kernels(*[kernels] * 4)

@@ -116,7 +116,11 @@ def test_aspp_executes_little_more_than_what_is_live(gpu: Gpu, dtype: torch.dtyp
             layer = aspp(N, size, rates, dtype)
             tile = predicted(layer, gpu)
             share = layer.executed(tile) / (28 * N * size[0] * size[1])
-            line += f"  {share:.3f} ({tile.block_m}x{tile.block_n}, {tile.splits} splits)"
+            line += f"  {share:.3f} ({tile.block_m}x{tile.block_n}, {tile.splits} splits; by rate"
+            for rate in rates:
+                exact, executed = candidates.live_share(*size, 3, rate), candidates.executed_share(tile, N, *size, rate)
+                line += f" {executed:.3f} of {exact:.3f}"
+            line += ")"
             assert layer.live_share <= share <= layer.live_share + slack
         print(line)
 
