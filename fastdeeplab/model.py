@@ -47,7 +47,7 @@ class Kernels:
             check_impl(getattr(self, field.name), field.name)
         for name in ("conv_bn_relu", "aspp"):
             if getattr(self, name) == "triton":
-                raise ValueError(f'{name} must be "auto" or "torch", got "triton": the model does not run that kernel yet')
+                raise ValueError(f'{name} must be "auto" or "torch", got "triton": the model does not run it yet')
 
 
 class ResNetModel(nn.Module):
