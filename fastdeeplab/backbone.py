@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fastdeeplab.fusion import Affine, conv_bn_relu
+
 EXPANSION = 4  # output channels of a bottleneck over the channels of its 3x3 convolution
 LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -22,11 +24,17 @@ def scale_channels(channels: int, width: float) -> int:
 class Bottleneck(nn.Module):
     """1x1 reduce, 3x3 (stride or dilation here), 1x1 expand, added to the identity or its projection.
 
-    ``(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))``.
+    ``(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))``. With ``affine``, the batch
+    norms' scales and shifts, each convolution is one call of ``fastdeeplab.kernels.conv_bn_relu``.
     """
 
-    def __init__(self, in_channels: int, channels: int, out_channels: int, stride: int, dilation: int) -> None:
+    kernel_function = "conv_bn_relu"
+
+    def __init__(
+        self, in_channels: int, channels: int, out_channels: int, stride: int, dilation: int, kernel: str = "auto"
+    ) -> None:
         super().__init__()
+        self.kernel = kernel
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
@@ -40,12 +48,32 @@ class Bottleneck(nn.Module):
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, affine: Affine | None = None) -> Tensor:
+        if affine is not None:
+            return self._fused(x, affine)
         residual = x if self.downsample is None else self.downsample(x)
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
         return self.relu(y + residual)
+
+    def _fused(self, x: Tensor, affine: Affine) -> Tensor:
+        residual = x
+        if self.downsample is not None:
+            conv, norm = self.downsample
+            residual = conv_bn_relu(conv, norm, x, affine, relu=False, kernel=self.kernel)
+        y = conv_bn_relu(self.conv1, self.bn1, x, affine, kernel=self.kernel)
+        y = conv_bn_relu(self.conv2, self.bn2, y, affine, kernel=self.kernel)
+        return conv_bn_relu(self.conv3, self.bn3, y, affine, residual, kernel=self.kernel)
+
+
+class Stage(nn.Sequential):
+    """Bottlenecks one after the other."""
+
+    def forward(self, x: Tensor, affine: Affine | None = None) -> Tensor:
+        for block in self:
+            x = block(x, affine)
+        return x
 
 
 class ResNet(nn.Module):
@@ -66,6 +94,7 @@ class ResNet(nn.Module):
         first_block_dilation: str = "previous",
         in_channels: int = 3,
         width: float = 1.0,
+        kernel: str = "auto",
     ) -> None:
         super().__init__()
         stem_channels = scale_channels(64, width)
@@ -77,13 +106,18 @@ class ResNet(nn.Module):
         self.out_channels = [scale_channels(EXPANSION * 64 * 2**i, width) for i in range(4)]
         stride3, dilation3, dilation4 = (2, 1, 2) if output_stride == 16 else (1, 2, 4)
 
-        def stage(index: int, stride: int, dilations: Sequence[int]) -> nn.Sequential:
+        def stage(index: int, stride: int, dilations: Sequence[int]) -> Stage:
             channels, out_channels = scale_channels(64 * 2**index, width), self.out_channels[index]
             in_channels = stem_channels if index == 0 else self.out_channels[index - 1]
-            return nn.Sequential(
+            return Stage(
                 *(
                     Bottleneck(
-                        out_channels if block else in_channels, channels, out_channels, 1 if block else stride, dilation
+                        out_channels if block else in_channels,
+                        channels,
+                        out_channels,
+                        1 if block else stride,
+                        dilation,
+                        kernel,
                     )
                     for block, dilation in enumerate(dilations)
                 )
@@ -103,8 +137,11 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, affine: Affine | None = None) -> tuple[Tensor, Tensor]:
         """Return ``(c4, c5)``: ``(N, 1024, h, w)`` and ``(N, 2048, h, w)`` at width 1."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        c4 = self.layer3(self.layer2(self.layer1(x)))
-        return c4, self.layer4(c4)
+        if affine is None:
+            x = self.relu(self.bn1(self.conv1(images)))
+        else:  # the 7x7 convolution has no kernel
+            x = conv_bn_relu(self.conv1, self.bn1, images, affine, kernel="torch")
+        c4 = self.layer3(self.layer2(self.layer1(self.maxpool(x), affine), affine), affine)
+        return c4, self.layer4(c4, affine)

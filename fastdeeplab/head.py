@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from fastdeeplab import kernels
+from fastdeeplab import fusion, kernels
+from fastdeeplab.fusion import Affine
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1) -> list[nn.Module]:
@@ -61,11 +62,17 @@ class ASPPPooling(nn.Sequential):
 class ASPP(nn.Module):
     """1x1, three dilated 3x3 and image pooling side by side, concatenated in this order and projected by a 1x1.
 
-    ``(N, in_channels, h, w) -> (N, channels, h, w)``.
+    ``(N, in_channels, h, w) -> (N, channels, h, w)``. With ``affine``, the batch norms' scales and shifts, the branches
+    are one call of ``fastdeeplab.kernels.aspp_branches``, and the projection takes the pooled branch as a bias.
     """
 
-    def __init__(self, in_channels: int, channels: int, rates: Sequence[int], dropout: float) -> None:
+    kernel_function = "aspp_branches"
+
+    def __init__(
+        self, in_channels: int, channels: int, rates: Sequence[int], dropout: float, kernel: str = "auto"
+    ) -> None:
         super().__init__()
+        self.kernel = kernel
         self.convs = nn.ModuleList(
             [
                 nn.Sequential(*conv_bn_relu(in_channels, channels)),
@@ -75,19 +82,49 @@ class ASPP(nn.Module):
         )
         self.project = nn.Sequential(*conv_bn_relu(len(self.convs) * channels, channels), nn.Dropout(dropout))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(torch.cat([conv(x) for conv in self.convs], dim=1))
+    def forward(self, x: Tensor, affine: Affine | None = None) -> Tensor:
+        if affine is None:
+            return self.project(torch.cat([conv(x) for conv in self.convs], dim=1))
+        parts: list[Any] = list(self.convs)
+        *atrous, pooling = parts
+        scales, shifts = zip(*(affine[norm] for _, norm, _ in atrous), strict=True)
+        weights, rates = [conv.weight for conv, _, _ in atrous], [conv.dilation[0] for conv, _, _ in atrous[1:]]
+        branches = kernels.aspp_branches(
+            x, weights, torch.cat(scales), torch.cat(shifts), rates=rates, impl=self.kernel
+        )
+        pool, conv, norm, _ = pooling
+        pooled = fusion.conv_bn_relu(conv, norm, pool(x), affine, kernel="torch")  # a pixel per image
+        conv, norm, *_ = list[Any](self.project)
+        return kernels.aspp_projection(branches, pooled, conv.weight, *affine[norm], impl=self.kernel)
 
 
 class DeepLabHead(nn.Sequential):
     """ASPP, 3x3 convolution, 1x1 classifier: ``(N, in_channels, h, w) -> (N, num_classes, h, w)`` logits."""
 
-    def __init__(self, in_channels: int, channels: int, num_classes: int, rates: Sequence[int], dropout: float) -> None:
+    kernel_function = "conv_bn_relu"
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        num_classes: int,
+        rates: Sequence[int],
+        dropout: float,
+        kernel: str = "auto",
+        aspp_kernel: str = "auto",
+    ) -> None:
         super().__init__(
-            ASPP(in_channels, channels, rates, dropout),
+            ASPP(in_channels, channels, rates, dropout, aspp_kernel),
             *conv_bn_relu(channels, channels, 3),
             nn.Conv2d(channels, num_classes, 1),
         )
+        self.kernel = kernel
+
+    def forward(self, x: Tensor, affine: Affine | None = None) -> Tensor:
+        aspp, conv, norm, relu, classifier = list[Any](self)
+        if affine is None:
+            return classifier(relu(norm(conv(aspp(x)))))
+        return classifier(fusion.conv_bn_relu(conv, norm, aspp(x, affine), affine, kernel=self.kernel))
 
 
 class AuxHead(nn.Sequential):

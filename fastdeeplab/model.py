@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeeplab.backbone import LAYERS, ResNet, scale_channels
+from fastdeeplab.fusion import affine_of_batch_norms
 from fastdeeplab.head import AuxHead, DeepLabHead, UpsampleArgmax
 from fastdeeplab.kernels.checks import check_impl, check_index_dtype
 
@@ -29,8 +30,8 @@ class Kernels:
     """Which implementation each kind of module runs: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     ``"auto"`` is the Triton kernel where it can run and is measured or predicted to be faster, PyTorch elsewhere;
-    ``fastdeeplab.explain`` says which and why. ``"triton"`` raises where the kernel can't run. The model's convolutions
-    are PyTorch's as yet, with ``"auto"`` too, and refuse ``"triton"``. ``upsample_cross_entropy`` is for the loss,
+    ``fastdeeplab.explain`` says which and why. ``"triton"`` raises where the kernel can't run; the 7x7 convolution of
+    the stem and the pooled branch are always PyTorch's. ``upsample_cross_entropy`` is for the loss,
     which is no part of the model: ``SegmentationLoss(kernel=model.kernels.upsample_cross_entropy)``.
 
     Raises:
@@ -45,9 +46,6 @@ class Kernels:
     def __post_init__(self) -> None:
         for field in fields(self):
             check_impl(getattr(self, field.name), field.name)
-        for name in ("conv_bn_relu", "aspp"):
-            if getattr(self, name) == "triton":
-                raise ValueError(f'{name} must be "auto" or "torch", got "triton": the model does not run it yet')
 
 
 class ResNetModel(nn.Module):
@@ -73,7 +71,8 @@ class ResNetModel(nn.Module):
         layers: numbers of blocks of the four stages; by default those of ``depth``.
         weights: ``"torchvision"`` downloads the weights published by torchvision (COCO images, VOC labels),
             ``"imagenet"`` the backbone's; a path names a checkpoint. ``None``: random.
-        kernels: which implementation the modules run: ``"auto"`` or ``"torch"`` for all, or a ``Kernels``.
+        kernels: which implementation the modules run, in eval mode without gradients: ``"auto"``, ``"triton"`` or
+            ``"torch"`` for all, or a ``Kernels``. With gradients, and in training, they are PyTorch's own layers.
 
     Raises:
         ValueError: an argument is not one of those above.
@@ -128,14 +127,8 @@ class ResNetModel(nn.Module):
         _require(known, "weights", '"torchvision", "imagenet", the path of a file or None', weights)
         if isinstance(kernels, str):
             check_impl(kernels, "kernels")
-            _require(
-                kernels != "triton",
-                "kernels",
-                '"auto" or "torch" (the convolutions do not run their kernels yet)',
-                kernels,
-            )
             kernels = Kernels(*[kernels] * 4)
-        _require(isinstance(kernels, Kernels), "kernels", '"auto", "torch" or a Kernels', kernels)
+        _require(isinstance(kernels, Kernels), "kernels", '"auto", "triton", "torch" or a Kernels', kernels)
 
         # What rebuilds the model, in values that JSON can hold.
         self.config: dict[str, Any] = {
@@ -159,14 +152,18 @@ class ResNetModel(nn.Module):
             first_block_dilation=first_block_dilation,
             in_channels=config["in_channels"],
             width=width,
+            kernel=kernels.conv_bn_relu,
         )
         c4_channels, c5_channels = self.backbone.out_channels[2:]
         channels, classes = scale_channels(256, width), config["num_classes"]
         rates = config["atrous_rates"] or ATROUS_RATES[output_stride]
-        self.classifier = DeepLabHead(c5_channels, channels, classes, rates, dropout)
+        self.classifier = DeepLabHead(
+            c5_channels, channels, classes, rates, dropout, kernels.conv_bn_relu, kernels.aspp
+        )
         self.aux_classifier = AuxHead(c4_channels, channels, classes, dropout) if aux_head else None
         self.kernels = kernels
         self.upsample_argmax = UpsampleArgmax(kernels.upsample_argmax)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the kernels read the weights
 
         if weights is not None:
             from fastdeeplab import checkpoint
@@ -193,8 +190,9 @@ class ResNetModel(nn.Module):
         if not images.is_floating_point():
             raise ValueError(f"images must be normalised floating-point numbers, got {images.dtype}")
 
-        c4, c5 = self.backbone(images)
-        outputs = {"out": self.classifier(c5)}
+        affine = affine_of_batch_norms(self)
+        c4, c5 = self.backbone(images, affine)
+        outputs = {"out": self.classifier(c5, affine)}
         if self.training and self.aux_classifier is not None:
             outputs["aux"] = self.aux_classifier(c4)
         if upsample:

@@ -32,9 +32,13 @@ class Tile(NamedTuple):
     skip: bool = False  # leave out the taps that only read padding
 
 
+Row = tuple[tuple[int, ...], Tile]  # architectures, and what ships for them
+
 ALL = (80, 86, 89, 90, 100, 120)
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # that a program may use
-TILES = (  # by architecture, for elements of two bytes; with four, block_k is half as long. The first one wins a tie.
+TILES: tuple[
+    Row, ...
+] = (  # by architecture, for elements of two bytes; with four, block_k is half as long. The first one wins a tie.
     (ALL, Tile("pointer", 128, 128, 64, num_warps=8, num_stages=3)),
     (ALL, Tile("pointer", 128, 64, 64, num_warps=4, num_stages=3)),
     (ALL, Tile("pointer", 64, 128, 64, num_warps=4, num_stages=3)),
@@ -49,7 +53,9 @@ TILES = (  # by architecture, for elements of two bytes; with four, block_k is h
     ((90, 100, 120), Tile("boxes_tma", 64, 128, 64, num_warps=4, num_stages=3)),
 )
 # Full fp32 products are not the tensor cores': operands pass through registers, of which larger tiles have none left.
-IEEE_TILES = ((ALL, Tile("pointer", 64, 64, 16, num_warps=4, num_stages=3)),)
+IEEE_TILES: tuple[Row, ...] = ((ALL, Tile("pointer", 64, 64, 16, num_warps=4, num_stages=3)),)
+# Rows that are no multiple of 16 bytes are read or written value by value, which takes many registers, too.
+ODD_TILES: tuple[Row, ...] = ((ALL, Tile("pointer", 64, 32, 32, num_warps=4, num_stages=3)),)
 SPLITS = (1, 2, 4, 8)
 MIN_STEPS = 4  # of the K loop, in each split
 DEFAULT_FORM = "conv_pointwise"  # of the library, where nothing was measured
@@ -188,9 +194,13 @@ def tiles_for(layer: Layer, capability: tuple[int, int]) -> tuple[Tile, ...]:
     if max(layer.N * layer.H * layer.W, layer.pixels) + 256 >= 2**31:  # pixels are counted with 32 bits
         return ()
     found = []
-    ieee = layer.precision == "ieee" and layer.dtype == torch.float32
-    for row in IEEE_TILES if ieee else TILES:
-        tile = row[1] if ieee else row[1]._replace(block_k=2 * row[1].block_k // itemsize)
+    table = TILES
+    if layer.C * itemsize % 16 or layer.C_out * itemsize % 16:
+        table = ODD_TILES
+    elif layer.precision == "ieee" and layer.dtype == torch.float32:
+        table = IEEE_TILES
+    for row in table:
+        tile = row[1]._replace(block_k=2 * row[1].block_k // itemsize) if table is TILES else row[1]
         shared = (tile.block_m + tile.block_n) * tile.block_k * itemsize * tile.num_stages
         if ships(row, arch, layer.dtype) and shared <= SHARED_KIB[arch] * 1024 and _serves(tile.kernel, layer):
             skips = (True,) if layer.function == "aspp_branches" else (False, True) if layer.shrinkable else (False,)
@@ -198,7 +208,7 @@ def tiles_for(layer: Layer, capability: tuple[int, int]) -> tuple[Tile, ...]:
     return tuple(found)
 
 
-def ships(row: tuple[tuple[int, ...], Tile], arch: int, dtype: torch.dtype) -> bool:
+def ships(row: Row, arch: int, dtype: torch.dtype) -> bool:
     """Whether a row of the tables holds for an architecture and a dtype."""
     architectures, tile = row
     large = tile.block_m * tile.block_n > 64 * 64  # on sm_100 those spill a few registers in fp32
@@ -354,6 +364,8 @@ def _predict(layer: Layer) -> tuple[str, str]:
     """The kernel where it saves a whole pass over the activations or a quarter of the multiplications."""
     if layer.dtype == torch.float32 and layer.precision == "ieee":
         return "torch", "predicted: without tensor cores the multiplications take all the time"
+    if not layer.aligned:
+        return "torch", "predicted: rows that begin between multiples of 16 bytes are read value by value"
     if layer.function == "aspp_projection":
         return "triton", "predicted: no concatenation and no upsampled pooling map are written"
     if layer.residual:

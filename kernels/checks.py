@@ -198,18 +198,17 @@ def check_out(out: Tensor, inputs: Sequence[Tensor | None], x: Tensor, shape: Se
 def _may_overlap(out: Tensor, tensor: Tensor) -> bool:
     if out.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr() or not out.numel() or not tensor.numel():
         return False
-    starts = [t.storage_offset() for t in (out, tensor)]
-    stops = [
-        t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
-        for t in (out, tensor)
+    starts = [t.storage_offset() * t.itemsize for t in (out, tensor)]
+    lengths = [
+        (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.itemsize for t in (out, tensor)
     ]
-    if stops[0] <= starts[1] or stops[1] <= starts[0]:
+    if starts[0] + lengths[0] <= starts[1] or starts[1] + lengths[1] <= starts[0]:
         return False
     # Different channels of the same pixels.
     pitch = pixel_pitch(out)
-    if tensor.ndim != 4 or pitch is None or pitch != pixel_pitch(tensor):
+    if tensor.ndim != 4 or pitch is None or pitch != pixel_pitch(tensor) or tensor.dtype != out.dtype:
         return True
-    distance = (starts[1] - starts[0]) % pitch
+    distance = (tensor.storage_offset() - out.storage_offset()) % pitch
     return distance < out.shape[1] or pitch - distance < tensor.shape[1]
 
 

@@ -18,12 +18,13 @@ load is masked, and a tap is one constant offset to the pixels' addresses. Chen 
 for Semantic Image Segmentation" (2017), observed that at large rates most taps of most pixels read padding. A 1x1
 convolution is, to all this, a 3x3 one dilated so far that only its centre lies inside the map.
 
-``aspp_branches`` computes several branches in one launch into channel slices of one tensor, those rectangles first that
-have many live taps, so that the short programs come last and fill the gaps.
+``aspp_branches`` computes several branches in one launch into channel slices of one tensor. Rectangles with many live
+taps come first, of whatever branch, so that the short programs come last and fill the gaps.
 """
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -34,27 +35,19 @@ from .candidates import Tile, rectangles
 from .checks import pixel_pitch
 from .splits import add_splits, adding_programs, scale_and_shift
 
-# The row and column intervals of the nine rectangles, two bits each, those with many live taps first: (0, 0), (0, 1),
-# (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (2, 1), (2, 2).
-ROW_ORDER = tl.constexpr(0b10_10_01_10_00_01_01_00_00)
-COLUMN_ORDER = tl.constexpr(0b10_01_10_00_10_01_00_01_00)
+REGISTERS = 168  # of a thread with a tile of 64x64: left to itself, ptxas aims at 128 and may spill a few
 
 
 @triton.jit
-def interval(order, dilation, size):
-    """The ``order``-th of the three intervals of an axis, those with many live taps first.
-
-    Returns its first position, its length, its first live tap and their number.
-    """
+def interval(number, dilation, size):
+    """One of the three intervals of an axis: its first position, its length, its first live tap and their number."""
     inner = tl.maximum(tl.minimum(dilation, size - dilation), 0)
     outer = tl.minimum(tl.maximum(dilation, size - dilation), size)
-    whole = 2 * dilation < size  # the middle reads all three taps inside; otherwise its own position alone
-    kind = tl.where(whole, order, (order + 1) % 3)  # 0 the middle, 1 the beginning, 2 the end
-    start = tl.where(kind == 0, inner, tl.where(kind == 1, 0, outer))
-    stop = tl.where(kind == 0, outer, tl.where(kind == 1, inner, size))
-    first_tap = tl.where(kind == 0, tl.where(whole, 0, 1), tl.where(kind == 1, 1, 0))
-    taps = tl.where(kind == 0, tl.where(whole, 3, 1), 2)
-    return start, stop - start, first_tap, taps
+    middle = tl.where(2 * dilation < size, 3, 1)  # all taps read inside there, or its own position alone
+    start = tl.where(number == 0, 0, tl.where(number == 1, inner, outer))
+    stop = tl.where(number == 0, inner, tl.where(number == 1, outer, size))
+    first_tap = tl.where(number == 0, 1, tl.where(number == 1, (3 - middle) // 2, 0))
+    return start, stop - start, first_tap, tl.where(number == 1, middle, 2)
 
 
 @triton.jit
@@ -67,57 +60,55 @@ def pick(values, index):
 
 
 @triton.jit
-def locate_run(tile, dilations, N, H, W, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The rectangle of a tile, counted through the rectangles of all branches, and the tile's number in it.
-
-    Returns branch, run, first row, rows, first row tap, row taps, first column, columns, first column tap, column taps.
-    """
-    BRANCHES: tl.constexpr = len(dilations)
-    slot = tl.arange(0, SLOTS)
-    order = slot // BRANCHES
-    dilation = pick(dilations, slot % BRANCHES)
-    _, rows, _, _ = interval((ROW_ORDER >> (2 * order)) & 3, dilation, H)
-    _, columns, _, _ = interval((COLUMN_ORDER >> (2 * order)) & 3, dilation, W)
-    runs = tl.where(order < 9, (N * rows * columns + BLOCK_M - 1) // BLOCK_M, 0)
-    mine = tl.sum((tl.cumsum(runs) <= tile).to(tl.int32))  # the rectangles before the tile's
-    run = tile - tl.sum(tl.where(slot < mine, runs, 0))
-    order = mine // BRANCHES
-    branch = mine % BRANCHES
-    dilation = pick(dilations, branch)
-    y, rows, r, row_taps = interval((ROW_ORDER >> (2 * order)) & 3, dilation, H)
-    x, columns, c, column_taps = interval((COLUMN_ORDER >> (2 * order)) & 3, dilation, W)
-    return branch, run, y, rows, r, row_taps, x, columns, c, column_taps
+def rectangle(slot, dilations, H, W):
+    """A branch's rectangle, nine slots to a branch: branch, then the intervals of its rows and columns."""
+    dilation = pick(dilations, slot // 9)
+    y, rows, r, row_taps = interval(slot % 9 // 3, dilation, H)
+    x, columns, c, column_taps = interval(slot % 3, dilation, W)
+    return slot // 9, y, rows, r, row_taps, x, columns, c, column_taps
 
 
 @triton.jit
+def rectangle_and_run(tile, dilations, N, H, W, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The rectangle of a tile and the tile's number in it, rectangles with many live taps first."""
+    slot = tl.arange(0, SLOTS)
+    branch, _, rows, _, row_taps, _, columns, _, column_taps = rectangle(slot, dilations, H, W)
+    runs = tl.where(branch < len(dilations), (N * rows * columns + BLOCK_M - 1) // BLOCK_M, 0)
+    rank = row_taps * column_taps * SLOTS - slot  # no two are equal
+    before = tl.sum(tl.where(rank[None, :] > rank[:, None], runs[None, :], 0), axis=1)  # [SLOTS]
+    mine = (before <= tile) & (tile < before + runs)
+    return tl.sum(tl.where(mine, slot, 0)), tl.sum(tl.where(mine, tile - before, 0))
+
+
+# Not specialised: a picture of another size must not compile anew.
+@triton.jit(do_not_specialize=["N", "H", "W", "H_out", "W_out", "padding", "dilations"])
 def conv_kernel(
     x_ptr, weight_ptrs, scale_ptr, shift_ptr, residual_ptr, out_ptr, sums_ptr,
     N, C, H, W, C_out, H_out, W_out, padding, dilations,
     stride_xp, stride_rp, stride_op,
     KERNELS: tl.constexpr, STRIDE: tl.constexpr, SKIP: tl.constexpr, MASKED: tl.constexpr,
     RELU: tl.constexpr, PER_IMAGE: tl.constexpr, SPLITS: tl.constexpr,
-    SLOTS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr, UNIT: tl.constexpr, UNIT_OUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M pixels of BLOCK_N of the C_out channels of one branch; or one of SPLITS parts of their sums.
 
-    The strides are those of a pixel of x, residual and out. They and the channels are counted in UNITs, which tells the
-    compiler how far its loads are aligned.
+    The strides are those of a pixel of x, residual and out. They and the channels are counted in units, which tells the
+    compiler how far loads and stores are aligned.
     """
     C *= UNIT
-    C_out *= UNIT
     stride_xp *= UNIT
-    stride_rp *= UNIT
-    stride_op *= UNIT
+    C_out *= UNIT_OUT
+    stride_rp *= UNIT_OUT
+    stride_op *= UNIT_OUT
     blocks_n = tl.cdiv(C_out, BLOCK_N)
     block_n = tl.program_id(0) % blocks_n
     split = tl.program_id(0) // blocks_n % SPLITS
     tile = tl.program_id(0) // (blocks_n * SPLITS)
 
     if SKIP:
-        branch, run, y0, rows, r0, row_taps, x0, columns, c0, column_taps = locate_run(
-            tile, dilations, N, H_out, W_out, SLOTS, BLOCK_M
-        )
+        slot, run = rectangle_and_run(tile, dilations, N, H_out, W_out, SLOTS, BLOCK_M)
+        branch, y0, rows, r0, row_taps, x0, columns, c0, column_taps = rectangle(slot, dilations, H_out, W_out)
         dilation = pick(dilations, branch)
         padding = dilation
         weight_ptr = pick(weight_ptrs, branch)
@@ -288,29 +279,45 @@ def _launch(
         return
     skip = len(weights) > 1 or (tile.skip and kernel == 3 and stride == 1 and padding == dilations[0])
     if skip:
-        cut = [rectangle for dilation in dilations for rectangle in rectangles(H_out, W_out, dilation)]
-        runs = sum(-(-N * rows * columns // tile.block_m) for rows, columns, *_ in cut)
+        dilations = [min(dilation, max(H, W)) for dilation in dilations]  # none reaches farther than past the map
+        runs = count_runs(N, H, W, tuple(dilations), tile.block_m)
     else:
         runs = -(-pixels // tile.block_m)
     programs = runs * -(-C_out // tile.block_n) * tile.splits
     adders = adding_programs(out) if tile.splits > 1 else 0
-    if max(programs, adders, N * H * W, pixels + tile.block_m) >= 2**31:
-        raise ValueError(f"x {tuple(x.shape)} has more pixels than can be indexed with 32 bits")
+    pitch, pitch_r, pitch_out = _pitch(x), _pitch(out if residual is None else residual), _pitch(out)
+    if max(programs, adders, N * H * W, pixels + tile.block_m, pitch, pitch_r, pitch_out) >= 2**31:
+        raise ValueError(
+            f"x {tuple(x.shape)} has more pixels than can be indexed with 32 bits, or they lie too far apart"
+        )
     sums = None
     if tile.splits > 1:
         sums = torch.empty((pixels, tile.splits, channels), dtype=torch.float32, device=x.device)
-    pitches = [pixel_pitch(x), pixel_pitch(out if residual is None else residual), pixel_pitch(out)]
-    unit = math.gcd(C, C_out, *pitches, 16)
+    unit, unit_out = math.gcd(C, pitch, 16), math.gcd(C_out, pitch_r, pitch_out, 16)
     with torch.cuda.device_of(x):
         conv_kernel[(programs,)](
             x, tuple(weights), scale, shift, residual, out, sums,
-            N, C // unit, H, W, C_out // unit, H_out, W_out, padding, tuple(dilations),
-            *(pitch // unit for pitch in pitches),
+            N, C // unit, H, W, C_out // unit_out, H_out, W_out, padding, tuple(dilations),
+            pitch // unit, pitch_r // unit_out, pitch_out // unit_out,
             KERNELS=tuple(weight.shape[2] for weight in weights), STRIDE=stride,
             SKIP=skip, MASKED=not skip and padding > 0, SLOTS=triton.next_power_of_2(9 * len(weights)),
-            RELU=relu, PER_IMAGE=shift.ndim == 2, SPLITS=tile.splits, UNIT=unit, PRECISION=precision,
+            RELU=relu, PER_IMAGE=shift.ndim == 2, SPLITS=tile.splits, UNIT=unit, UNIT_OUT=unit_out, PRECISION=precision,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN_K=C % tile.block_k == 0,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
+            maxnreg=REGISTERS if tile.block_m * tile.block_n <= 64 * 64 else None,
         )  # fmt: skip
     if sums is not None:
         add_splits(sums, scale, shift, residual, out, relu=relu)
+
+
+@lru_cache(maxsize=4096)
+def count_runs(N: int, H: int, W: int, dilations: tuple[int, ...], block_m: int) -> int:
+    """Of BLOCK_M pixels, in all rectangles of all branches."""
+    cut = [rectangle for dilation in dilations for rectangle in rectangles(H, W, dilation)]
+    return sum(-(-N * rows * columns // block_m) for rows, columns, *_ in cut)
+
+
+def _pitch(x: Tensor) -> int:
+    pitch = pixel_pitch(x)
+    assert pitch is not None  # by the caller's contract
+    return pitch

@@ -124,7 +124,8 @@ def sum_taps(
     return acc
 
 
-@triton.jit
+# Not specialised: a picture of another size must not compile anew.
+@triton.jit(do_not_specialize=["H", "W", "tiles_n", "tiles_h", "tiles_w", "convolutions"])
 def conv_kernel(
     x_desc, weight_0, weight_1, weight_2, weight_3, scale_ptr, shift_ptr, residual_desc, out_desc,
     H, W, C, C_out, slots, stride_shift, tiles_n, tiles_h, tiles_w, convolutions,

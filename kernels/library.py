@@ -10,6 +10,7 @@ Convolutions run in channels_last memory, their folded batch norm inside: the sc
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ def _full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         device = next(arg.device.type for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
-        with torch.autocast(device, enabled=False):
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
     return call

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .candidates import Decision, Layer, Tile, decide
+from .candidates import DEFAULT_FORM, Decision, Layer, Tile, decide
 from .checks import output_shape, pixel_pitch
 from .choice import convolution_precision, interpreting, why_not
 
@@ -125,6 +125,8 @@ torch.library.register_autograd("fastdeeplab::upsample_cross_entropy_backward", 
 
 def _decide(layer: Layer, impl: str, x: Tensor) -> Decision:
     possible = x.is_cuda and why_not(x.device, x.dtype) is None if impl == "auto" else _runs_triton(impl, x)
+    if not possible and not (x.is_cuda and why_not(x.device, x.dtype) is None):
+        return Decision("torch", None, DEFAULT_FORM, "kernels can't run here, nor do their measurements count")
     decision = decide(layer, impl if possible else "torch", x.device)
     if decision.impl == "nothing":
         raise RuntimeError(f"{layer.function} can't run as a Triton kernel here: {decision.why}")
@@ -142,7 +144,7 @@ def _channels_last(x: Tensor, dense: bool = False) -> Tensor:
     """
     _, C, H, W = x.shape
     pitch = pixel_pitch(x)
-    if pitch is None or (dense and pitch != C):
+    if pitch is None or pitch >= 2**31 or (dense and pitch != C):
         x, pitch = x.contiguous(memory_format=torch.channels_last), C
     strides = (H * W * pitch, 1, W * pitch, pitch)
     return x if x.stride() == strides else x.as_strided(x.shape, strides)
@@ -210,7 +212,10 @@ def _conv_bn_relu(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
 
 def _conv_bn_relu_out(x: Tensor, weight: Tensor, *arguments: Any) -> None:
     *options, out, impl = arguments
-    _convolve(x, weight, *options, out=out, impl=impl)
+    written = _convolve(x, weight, *options, out=out, impl=impl)
+    if written.data_ptr() != out.data_ptr():  # a tensor of other strides, handed over past the public function
+        out.copy_(written)
+    torch.autograd.graph.increment_version(out)  # a kernel's writes are not seen by themselves
 
 
 def _conv_bn_relu_fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import triton
 from fastdeeplab.kernels import argmax, conv, conv_tma
-from fastdeeplab.kernels.candidates import IEEE_TILES, TILES, Tile, ships
+from fastdeeplab.kernels.candidates import IEEE_TILES, ODD_TILES, TILES, Tile, ships
 from fastdeeplab.kernels.cross_entropy import cross_entropy_forward
 from fastdeeplab.kernels.cross_entropy_backward import cross_entropy_backward
 from torch import Tensor
@@ -141,32 +141,40 @@ def cross_entropy_cases() -> Iterator[Case]:
 def conv_cases() -> Iterator[Case]:
     """Every tile choice with every epilogue and way of reading, for the architectures that it ships for."""
 
-    def map_of(channels: int, dtype: torch.dtype, size: int = 32) -> Tensor:
+    def map_of(channels: int, dtype: torch.dtype, size: int = 33) -> Tensor:
         return torch.empty(2, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
 
-    def convolution(kind: str, tile: Tile, dtype: torch.dtype, channels: int = 256, precision: str = "tf32") -> None:
+    def convolution(
+        kind: str,
+        tile: Tile,
+        dtype: torch.dtype,
+        channels: int = 256,
+        C_out: int | None = None,
+        precision: str = "tf32",
+    ) -> None:
+        C_out = C_out or channels
         kernel, stride = int(kind[0]), 2 if "stride 2" in kind else 1
         dilation = 6 if "dilated" in kind else 1
         launcher = conv if tile.kernel == "pointer" else conv_tma
         shared = {"tile": tile, "precision": precision}
-        x, out = map_of(channels, dtype), map_of(channels, dtype, 32 // stride)
-        weights = [map_of(channels, dtype, kernel)[:1].repeat(channels, 1, 1, 1) for kernel in (1, 3)]
+        x, out = map_of(channels, dtype), map_of(C_out, dtype, -(-33 // stride))
+        weights = [map_of(channels, dtype, kernel)[:1].repeat(C_out, 1, 1, 1) for kernel in (1, 3)]
         weights = [weight.contiguous(memory_format=torch.channels_last) for weight in weights]
-        scale, shift = torch.empty(channels), torch.empty(channels)
+        scale, shift = torch.empty(C_out), torch.empty(C_out)
         if "branches" in kind:
             scale, shift, out = torch.empty(4 * channels), torch.empty(4 * channels), map_of(4 * channels, dtype)
             launcher.aspp_branches(x, [weights[0], *3 * [weights[1]]], scale, shift, out, rates=(6, 12, 18), **shared)
         elif "projection" in kind:
             launcher.aspp_projection(x, torch.empty(2, channels), weights[0], scale, out, **shared)
         else:
-            residual = map_of(channels, dtype) if "residual" in kind else None
+            residual = map_of(C_out, dtype) if "residual" in kind else None
             options = {"stride": stride, "padding": dilation * (kernel // 2), "dilation": dilation, "relu": True}
             launcher.conv_bn_relu(x, weights[kernel // 2], scale, shift, residual, out, **options, **shared)
 
     def case(kind: str, architectures: tuple[int, ...], tile: Tile, dtype: torch.dtype, **options: Any) -> Case:
         return Case(
             kernel=f"conv {tile.kernel}",
-            choice=f"{kind} {tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps",
+            choice=f"{tile.kernel} {kind} {tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps",
             dtypes=" ".join([str(dtype).removeprefix("torch."), *map(str, options.values())]),
             launch=partial(convolution, kind, tile, dtype, **options),
             units={},
@@ -178,13 +186,17 @@ def conv_cases() -> Iterator[Case]:
     kinds = {
         "pointer": {
             "1x1 residual": floats,
-            "3x3 dilated": (torch.bfloat16, torch.float32),
-            "3x3 stride 2": (torch.bfloat16,),
-            "1x1 and 3x3 branches": (torch.bfloat16,),
-            "1x1 projection": (torch.bfloat16,),
+            "3x3 dilated": floats,
+            "3x3 stride 2": (torch.bfloat16, torch.float32),
+            "1x1 and 3x3 branches": (torch.bfloat16, torch.float32),
+            "1x1 projection": (torch.bfloat16, torch.float32),
         },
-        "gemm_tma": {"1x1 residual": floats, "1x1 projection": (torch.bfloat16,)},
-        "boxes_tma": {"3x3 dilated": floats, "1x1 and 3x3 branches": (torch.bfloat16,)},
+        "gemm_tma": {"1x1 residual": floats, "1x1 projection": (torch.bfloat16, torch.float32)},
+        "boxes_tma": {
+            "3x3 dilated": floats,
+            "3x3 dilated residual": (torch.bfloat16,),
+            "1x1 and 3x3 branches": (torch.bfloat16, torch.float32),
+        },
     }
     for row in TILES:
         for kind, dtypes in kinds[row[1].kernel].items():
@@ -194,10 +206,16 @@ def conv_cases() -> Iterator[Case]:
                 yield case(kind, architectures, tile._replace(skip="dilated" in kind or "branches" in kind), dtype)
     for (architectures, tile), kind in product(IEEE_TILES, kinds["pointer"]):
         yield case(kind, architectures, tile._replace(skip="dilated" in kind), torch.float32, precision="ieee")
-    for kernel in ("pointer", "boxes_tma"):
+    for (architectures, tile), dtype, classes in product(ODD_TILES, floats, (19, 150)):
+        yield case("1x1 classifier", architectures, tile, dtype, C_out=classes)
+    for kernel, kind in {"pointer": "3x3 dilated", "gemm_tma": "1x1 residual", "boxes_tma": "3x3 dilated"}.items():
         architectures, tile = min(row for row in TILES if row[1].kernel == kernel)
-        yield case("3x3 dilated", architectures, tile._replace(splits=4, skip=True), torch.bfloat16)
-        yield case("3x3 dilated", architectures, tile._replace(skip=True), torch.bfloat16, channels=40)
+        yield case(kind, architectures, tile._replace(splits=4, skip=kernel != "gemm_tma"), torch.bfloat16)
+        yield case(kind, architectures, tile._replace(skip=kernel != "gemm_tma"), torch.bfloat16, channels=40)
+    for architectures, tile in TILES:
+        if tile.kernel == "pointer":
+            yield case("1x1 and 3x3 branches", architectures, tile._replace(splits=4, skip=True), torch.bfloat16)
+    yield case("3x3 dilated", *next(row for row in TILES if row[1].kernel == "boxes_tma"), torch.bfloat16)
     yield case("1x1 stride 2", tuple(SHARED_LIMITS), TILES[0][1], torch.bfloat16)
 
 
@@ -312,9 +330,9 @@ class Machine:
             return "-"
         return "registers" if any(re.match(r"HGMMA\S* R\d+, R\d+", text) for text in texts) else "shared"
 
-    def product_faults(self) -> Iterator[str]:
-        if self.operands() == "registers":
-            yield "an operand in registers"
+    def product_faults(self, architecture: int, ieee: bool) -> Iterator[str]:
+        if architecture == 90 and not ieee and self.operands() != "shared":
+            yield "not both operands in shared memory"
         opcode = next(opcode for opcode in MULTIPLY if self.count(opcode))
         # The smallest: code that is rarely needed stands at the end, and its way back looks like a larger loop.
         loops = [loop for loop in self.loops() if self.count(opcode, *loop)]
@@ -324,7 +342,7 @@ class Machine:
         if self.count("LDG.", *loop):
             yield f"{self.count('LDG.', *loop)} synchronous loads in the loop"
 
-    def faults(self, units: tuple[str, ...], demand: str, architecture: int) -> Iterator[str]:
+    def faults(self, case: Case, units: tuple[str, ...], demand: str, architecture: int) -> Iterator[str]:
         if self.count("LDL"):  # what is stored and never loaded is no spill: triton 3.6 sets up calls that trap so
             yield f"{self.stack} bytes of stack, {self.count('STL')} STL and {self.count('LDL')} LDL"
         if self.shared > SHARED_LIMITS[architecture] * 1024:
@@ -335,10 +353,10 @@ class Machine:
         if not any(re.match(demand, text) for _, text in self.instructions):
             yield f"no instruction matches {demand}"
         if self.product:
-            yield from self.product_faults()
+            yield from self.product_faults(architecture, "ieee" in case.dtypes)
 
 
-LAYOUT = "{:22} {:44} {:18} {:7} {:>9} {:>6} {:>7} {:>8} {:>9} {:>12} {:>19}  {}".format
+LAYOUT = "{:22} {:54} {:18} {:7} {:>9} {:>6} {:>7} {:>8} {:>9} {:>12} {:>19}  {}".format
 
 
 def compile_case(case: Case, architecture: int) -> list[tuple[str, bool]]:
@@ -350,7 +368,7 @@ def compile_case(case: Case, architecture: int) -> list[tuple[str, bool]]:
         machine = Machine.read(kernel)
         demand = case.demand if kernel is compiled[0] else ""
         units = case.units.get(kernel.metadata.name, ())
-        faults = "; ".join(machine.faults(units, demand, architecture))
+        faults = "; ".join(machine.faults(case, units, demand, architecture))
         row = LAYOUT(
             kernel.metadata.name,
             case.choice,

@@ -1,5 +1,6 @@
 """Networks to test with: small ones of ours, torchvision's as the peer."""
 
+import torch
 from import_torchvision import torchvision
 from torch import nn
 
@@ -18,7 +19,7 @@ def torchvision_model(depth: int, aux: bool = True) -> nn.Module:
     backbone = build(replace_stride_with_dilation=[False, True, True])
     model = deeplabv3._deeplabv3_resnet(backbone, 21, aux)
     randomise_batch_norm(model)
-    return model
+    return model.to(memory_format=torch.channels_last)  # as ours is, so that both add up in the same order
 
 
 def randomise_batch_norm(model: nn.Module) -> None:

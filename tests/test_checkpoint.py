@@ -487,7 +487,8 @@ def test_load_keeps_the_dtype(dtypes: list[str], expected: str, tmp_path: Path) 
 def test_fault_16_configuration_that_contradicts_the_weights(setting: str, value: object, tmp_path: Path) -> None:
     model = trained()
     metadata = {"fastdeeplab": "1", "config": json.dumps(model.config | {setting: value})}
-    safetensors.torch.save_file(copy_of(model), tmp_path / "odd.safetensors", metadata)
+    weights = {key: value.contiguous() for key, value in copy_of(model).items()}
+    safetensors.torch.save_file(weights, tmp_path / "odd.safetensors", metadata)
     with pytest.raises((CheckpointError, ValueError), match=setting):
         fdl.ResNetModel.load(tmp_path / "odd.safetensors")
 

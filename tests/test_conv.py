@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from cases import network_convolutions, small_convolutions
 from fastdeeplab.kernels import conv, reference
-from fastdeeplab.kernels.candidates import TILES, Tile
+from fastdeeplab.kernels.candidates import IEEE_TILES, ODD_TILES, TILES, Tile, rectangles
 from fastdeeplab.kernels.measure import largest_error, relative_error
 from fastdeeplab.kernels.tuning import in_fp64, kernel_call, random_inputs, tile_choices, tile_name, tolerance
 from guard_bands import assert_kept, banded, banded_allocations
@@ -24,7 +26,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16)
 SLACK = {torch.float32: 2**-22, torch.float16: 2**-14, torch.bfloat16: 2**-11}  # another order of additions
 SMALL = Tile("pointer", 64, 64, 64, num_warps=4, num_stages=3)
-CHOICES = [tile for _, tile in TILES if tile.kernel == "pointer"]
+CHOICES = [*(tile for _, tile in TILES if tile.kernel == "pointer"), ODD_TILES[0][1], IEEE_TILES[0][1]]
 SKIP = SMALL._replace(skip=True)
 
 SANITIZED = [
@@ -88,7 +90,7 @@ class Convolution:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("tile", CHOICES, ids=lambda tile: f"{tile.block_m}x{tile.block_n}")
+@pytest.mark.parametrize("tile", CHOICES, ids=lambda tile: f"{tile.block_m}x{tile.block_n}x{tile.block_k}")
 @pytest.mark.parametrize(
     "layer",
     [
@@ -180,7 +182,7 @@ def test_fault_10_nan_spreads_as_far_as_pytorch_says(skip: bool, device: torch.d
     layer.x[0, 3, 4, 2] = torch.nan
     layer.x[0, 1, 8, 10] = torch.inf
     layer.x[0, 1, 0, 9] = -torch.inf
-    expected = layer.pytorch(torch.float32)
+    expected = layer.pytorch(torch.float64).float()
     actual = layer.launch(SMALL._replace(skip=skip))
     assert expected.isnan().any()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -219,6 +221,47 @@ def test_fault_04_more_pixels_than_can_be_indexed(device: torch.device) -> None:
             x, torch.empty(8, 8, 1, 1, device="meta"), None, torch.empty(8, device="meta"), None, x,
             stride=1, padding=0, dilation=1, relu=True, tile=SMALL, precision="ieee",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dilation", [2**30, 2**31 - 1, 2**35])
+def test_fault_01_dilations_above_int32(dilation: int, device: torch.device) -> None:
+    """Twice the dilation wraps in 32 bits. PyTorch's own result for one so large is that of the centre alone."""
+    layer = Convolution(device, torch.float32, (1, 8, 5, 6), 8, dilation=9)
+    expected = layer.launch(SKIP).clone()
+    layer.options |= {"dilation": dilation, "padding": dilation}
+    assert torch.equal(layer.launch(SKIP), expected)
+
+
+@triton.jit
+def taps_of_tiles_kernel(
+    taps_ptr, runs_ptr, dilations, N, H, W, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """Each program's live taps and the number of its run."""
+    slot, run = conv.rectangle_and_run(tl.program_id(0), dilations, N, H, W, SLOTS, BLOCK_M)
+    _, _, _, _, row_taps, _, _, _, column_taps = conv.rectangle(slot, dilations, H, W)
+    tl.store(taps_ptr + tl.program_id(0), row_taps * column_taps)
+    tl.store(runs_ptr + tl.program_id(0), run)
+
+
+@pytest.mark.parametrize(("H", "W", "rates"), [(17, 17, (3, 6, 9)), (5, 20, (2, 7)), (9, 9, (9,))], ids=str)
+def test_rectangles_with_many_live_taps_come_first(
+    H: int, W: int, rates: tuple[int, ...], device: torch.device
+) -> None:
+    N, BLOCK_M = 2, 32
+    dilations = (max(H, W), *rates)
+    cut = [(rows * columns, r * c) for rate in dilations for rows, columns, r, c in rectangles(H, W, rate)]
+    expected = sorted((taps for pixels, taps in cut for _ in range(-(-N * pixels // BLOCK_M))), reverse=True)
+    taps, runs = torch.full((2, len(expected)), -1, dtype=torch.int32, device=device)
+    taps_of_tiles_kernel[(len(expected),)](taps, runs, dilations, N, H, W, SLOTS=64, BLOCK_M=BLOCK_M)
+    assert taps.tolist() == expected
+    assert sum(run == 0 for run in runs.tolist()) == len(cut)
+
+
+def test_runs_are_counted_over_all_rectangles() -> None:
+    rates, (H, W) = (12, 24, 36), (65, 65)
+    found = [(rows * columns, r * c) for rate in (65, *rates) for rows, columns, r, c in rectangles(H, W, rate)]
+    assert sum(pixels for pixels, _ in found) == 4 * H * W
+    assert conv.count_runs(8, H, W, (65, *rates), 128) == sum(-(-8 * pixels // 128) for pixels, _ in found)
 
 
 def test_fault_01_strides_above_int32(device: torch.device) -> None:

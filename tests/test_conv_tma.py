@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastdeeplab.kernels import conv_tma
-from fastdeeplab.kernels.candidates import Tile
+from fastdeeplab.kernels.candidates import TILES, Tile
 from fastdeeplab.kernels.conv_tma import aspp_branches, aspp_projection, choose_box, conv_bn_relu, executed_taps
 from fastdeeplab.kernels.measure import relative_error
 from hypothesis import HealthCheck, given, settings
@@ -333,6 +333,14 @@ def test_fault_01_more_pixels_than_coordinates_can_count() -> None:
     weight = torch.empty(8, 8, 1, 1, device="meta")
     tile = GEMM._replace(block_m=256)
     refused("more programs than a launch can have", x, weight, torch.empty_like(x), tile)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tile", [tile for _, tile in TILES if tile.kernel != "pointer"], ids=str)
+def test_every_tile(tile: Tile, dtype: torch.dtype, device: torch.device) -> None:
+    kernel, dilation = (3, 2) if tile.kernel == "boxes_tma" else (1, 1)
+    tile = tile._replace(block_k=2 * tile.block_k // dtype.itemsize, skip=True)
+    check_conv(1, 72, 9, 11, 136, kernel, dilation, tile, dtype, device, residual=True)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fastdeeplab.kernels import candidates, ops, reference
 from fastdeeplab.kernels.measure import relative_error
 from layouts import LAYOUTS
@@ -457,3 +458,31 @@ def test_tma_needs_every_pixel_at_a_multiple_of_16_bytes() -> None:
     assert ops._aligned(buffer, None, buffer[:, 8:16])
     assert not ops._aligned(buffer, buffer[:, 4:12])  # starts at 8 bytes
     assert not ops._aligned(odd[:, :16])  # 40 bytes a pixel
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_write_into_out_is_seen_by_autograd(impl: str, device: torch.device) -> None:
+    x, weight = torch.randn(1, 8, 4, 5, device=device), torch.randn(8, 8, 1, 1, device=device)
+    factor, out = torch.ones((), device=device, requires_grad=True), torch.ones_like(x)
+    out = out.contiguous(memory_format=torch.channels_last)
+    loss = (out * factor).sum()
+    with torch.no_grad():
+        kernels.conv_bn_relu(x, weight, None, torch.zeros(8, device=device), out=out, impl=impl)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_the_operator_writes_into_out_of_any_strides(impl: str, device: torch.device) -> None:
+    x, weight = torch.randn(1, 8, 4, 5, device=device), torch.randn(8, 8, 1, 1, device=device)
+    shift, out = torch.zeros(8, device=device), torch.full_like(x, torch.nan)
+    torch.ops.fastdeeplab.conv_bn_relu_out(x, weight, None, shift, None, 1, 0, 1, True, out, impl)
+    torch.testing.assert_close(out, F.conv2d(x, weight).relu(), rtol=1e-5, atol=1e-5)
+
+
+def test_measurements_of_gpus_do_not_count_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's forms can't run there, however fast they were on a GPU."""
+    monkeypatch.setattr(ops, "decide", lambda *_: pytest.fail("asked for a measurement"))
+    x, weight = torch.randn(1, 8, 4, 5), torch.randn(8, 8, 1, 1)
+    for impl in ("torch", "auto"):
+        kernels.conv_bn_relu(x, weight, None, torch.zeros(8), impl=impl)
