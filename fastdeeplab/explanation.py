@@ -1,36 +1,100 @@
 """Which implementation each module of a model runs, and why."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastdeeplab.kernels import choose
+from fastdeeplab import kernels
+
+Rows = list[tuple[str, ...]]
 
 
-def explain(module: nn.Module) -> str:
+def explain(module: nn.Module, images: Tensor | None = None) -> str:
     """Say for every module with a ``kernel`` flag which implementation runs and why.
 
-    The answer is for inputs of the device and dtype of the module's parameters; a module without any, such as a loss,
-    is explained for fp32 on the GPU that there is, or else the CPU. A flag that can't be followed is shown with the
-    reason; calling the module raises it.
+    Without images, the answer is for inputs of the device and dtype of the module's parameters; a module without any,
+    such as a loss, is explained for fp32 on the GPU that there is, or else the CPU. A flag that can't be followed is
+    shown with the reason; calling the module raises it.
+
+    With images, the module runs on them once, in eval mode, and every convolution is listed with its shape: a choice
+    that depends on the shape is "measured", on which GPU, or "predicted", and why.
 
     Args:
         module: a ``ResNetModel``, a ``SegmentationLoss``, or any module that holds some.
+        images: what the module takes, (B, C, H, W), on its device.
 
     Returns:
-        A table as text: the module's name, its function, the implementation, the reason.
+        A table as text: the module's name, its function, with images the layer, the implementation, the reason.
     """
+    if images is not None:
+        return _table([("module", "function", "layer", "runs", "because"), *_layers(module, images)])
     tensors = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32
     if (tensor := next(tensors, None)) is not None:
         device, dtype = tensor.device, tensor.dtype
-    rows = [("module", "function", "runs", "because")]
+    rows: Rows = [("module", "function", "runs", "because")]
     for name, part in module.named_modules():
         if hasattr(part, "kernel") and hasattr(part, "kernel_function"):
-            runs, why = choose(part.kernel_function, part.kernel, device, dtype)
+            runs, why = kernels.choose(part.kernel_function, part.kernel, device, dtype)
             if runs == "triton" and part.kernel == "auto" and hasattr(part, "auto_limit"):
                 why += f"; {part.auto_limit}"
             rows.append((name or type(part).__name__, part.kernel_function, runs, why))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return _table(rows)
+
+
+@torch.no_grad()
+def _layers(module: nn.Module, images: Tensor) -> Rows:
+    rows: Rows = []
+    with _in_eval_mode(module), kernels.recording() as found, _names_of_calls(module, found) as names:
+        module(images)
+    for (layer, decision), name in zip(found, names, strict=True):
+        rows.append((name, layer.function, str(layer), decision.impl, decision.why))
+    return rows
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+@contextmanager
+def _names_of_calls(module: nn.Module, found: Sequence[object]) -> Iterator[list[str]]:
+    """For each entry that a call appends to ``found``, the innermost module that was running."""
+    names: list[str] = []
+
+    def close(name: str) -> None:
+        names.extend([name] * (len(found) - len(names)))
+
+    handles, running = [], [""]
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Conv2d | nn.ReLU | nn.modules.batchnorm._BatchNorm):
+            continue  # watched, they would run one by one
+
+        def enter(*_: object, name: str = name or type(part).__name__) -> None:
+            close(running[-1])
+            running.append(name)
+
+        def leave(*_: object) -> None:
+            close(running.pop())
+
+        handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _table(rows: Rows) -> str:
+    """Left-aligned columns, the last one as long as it is."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
     )

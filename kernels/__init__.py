@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks, library, ops
+from .candidates import recording
 from .choice import Choice, choose, why_not_kernel_size
 
 FUNCTIONS = (  # those that have a Triton kernel
@@ -31,6 +32,7 @@ __all__ = [
     "choose",
     "conv_bn_relu",
     "ops",
+    "recording",
     "upsample_argmax",
     "upsample_cross_entropy",
 ]

@@ -8,6 +8,8 @@ decision is called a prediction wherever it is shown.
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise, product
@@ -104,6 +106,14 @@ class Layer:
             function, N, C, H, W, C_out, (kernel[0], kernel[1]), stride, padding, dilations, residual, relu, dtype,
             aligned, precision,
         )  # fmt: skip
+
+    def __str__(self) -> str:
+        """Such as ``8x256x65x65->1024 1x1 residual``."""
+        kernel = f"rates {self.dilations}" if self.function == "aspp_branches" else "x".join(map(str, self.kernel))
+        text = f"{self.N}x{self.C}x{self.H}x{self.W}->{self.C_out} {kernel}"
+        text += f" stride {self.stride}" if self.stride > 1 else ""
+        text += f" dilation {self.dilations[0]}" if len(self.dilations) == 1 and self.dilations[0] > 1 else ""
+        return text + (" residual" if self.residual else "")
 
     @property
     def pixels(self) -> int:
@@ -268,6 +278,32 @@ def predict_tile(layer: Layer, gpu: Gpu, tiles: tuple[Tile, ...]) -> Tile:
     return min((tile._replace(splits=splits) for tile, splits in product(sparing, SPLITS)), key=cost)
 
 
+class Decision(NamedTuple):
+    impl: str  # "triton", "torch", or "nothing" if what was asked for can't run
+    tile: Tile | None  # of the kernel
+    form: str  # of the library
+    why: str
+
+
+_recorded: ContextVar[list[tuple[Layer, Decision]] | None] = ContextVar("_recorded", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[Layer, Decision]]]:
+    """The layers that run inside, in eager mode, with what was decided for each."""
+    found: list[tuple[Layer, Decision]] = []
+    token = _recorded.set(found)
+    try:
+        yield found
+    finally:
+        _recorded.reset(token)
+
+
+def record(layer: Layer, decision: Decision) -> None:
+    if (found := _recorded.get()) is not None:
+        found.append((layer, decision))
+
+
 class Measurement(NamedTuple):
     """The fastest tile choice and the fastest library form of a layer on a GPU, in microseconds."""
 
@@ -330,13 +366,6 @@ def _measured(layer: Layer, gpu: Gpu) -> Measurement | None:
         and row.tile._replace(splits=1) in tiles_for(layer, gpu.capability)
     ]
     return min(similar, key=apart, default=None)
-
-
-class Decision(NamedTuple):
-    impl: str  # "triton", "torch", or "nothing" if what was asked for can't run
-    tile: Tile | None  # of the kernel
-    form: str  # of the library
-    why: str
 
 
 @lru_cache(maxsize=4096)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .candidates import DEFAULT_FORM, Decision, Layer, Tile, decide
+from .candidates import DEFAULT_FORM, Decision, Layer, Tile, decide, record
 from .checks import output_shape, pixel_pitch
 from .choice import convolution_precision, interpreting, why_not
 
@@ -124,12 +124,14 @@ torch.library.register_autograd("fastdeeplab::upsample_cross_entropy_backward", 
 
 
 def _decide(layer: Layer, impl: str, x: Tensor) -> Decision:
-    possible = x.is_cuda and why_not(x.device, x.dtype) is None if impl == "auto" else _runs_triton(impl, x)
-    if not possible and not (x.is_cuda and why_not(x.device, x.dtype) is None):
-        return Decision("torch", None, DEFAULT_FORM, "kernels can't run here, nor do their measurements count")
-    decision = decide(layer, impl if possible else "torch", x.device)
+    obstacle = why_not(x.device, x.dtype) or (None if x.is_cuda else "the interpreter is for tests")
+    if obstacle and not _runs_triton(impl, x):  # nor do a GPU's measurements of the library count here
+        decision = Decision("torch", None, DEFAULT_FORM, obstacle)
+    else:
+        decision = decide(layer, impl if obstacle is None or impl == "triton" else "torch", x.device)
     if decision.impl == "nothing":
         raise RuntimeError(f"{layer.function} can't run as a Triton kernel here: {decision.why}")
+    record(layer, decision)
     return decision
 
 

@@ -1,10 +1,11 @@
 """explain() says what runs, and the module flags do what they say."""
 
+import re
 from unittest.mock import Mock
 
 import pytest
 import torch
-from fastdeeplab.kernels import library
+from fastdeeplab.kernels import candidates, library, ops
 from fastdeeplab.kernels.measure import peak_memory
 from networks import small_model
 
@@ -42,7 +43,6 @@ def test_a_loss_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("kernel", ["auto", "triton"])
 def test_what_auto_leaves_to_pytorch(kernel: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is said of full-size logits is what the loss does with them."""
-    monkeypatch.setattr("fastdeeplab.explanation.choose", lambda *_: kernels.Choice("triton", "here"))
     monkeypatch.setattr(kernels, "choose", lambda *_: kernels.Choice("triton", "here"))
     pytorch = Mock(wraps=library.upsample_cross_entropy)
     monkeypatch.setattr(library, "upsample_cross_entropy", pytorch)
@@ -70,6 +70,31 @@ def test_every_flag_reaches_its_function(monkeypatch: pytest.MonkeyPatch) -> Non
         model.predict(images)
         fdl.SegmentationLoss(kernel=kernel)(model.logits(images), torch.zeros(1, 17, 17, dtype=torch.uint8))
         assert asked[-2:] == [("upsample_argmax", kernel), ("upsample_cross_entropy", kernel)]
+
+
+def test_each_layer_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = small_model().train(), torch.randn(1, 3, 64, 64)
+    lines = fdl.explain(model, images).splitlines()
+    assert model.training
+    assert lines[0].split() == ["module", "function", "layer", "runs", "because"]
+    found = [re.split("  +", line) for line in lines[1:]]
+    assert found[0][:4] == ["backbone", "conv_bn_relu", "1x3x64x64->8 7x7 stride 2", "torch"]
+    assert found[4][:3] == ["backbone.layer1.0", "conv_bn_relu", "1x8x16x16->32 1x1 residual"]
+    assert [row[1] for row in found[-4:]] == ["aspp_branches", "conv_bn_relu", "aspp_projection", "conv_bn_relu"]
+    assert [row[0] for row in found[-4:]] == ["classifier.0", "classifier.0", "classifier.0", "classifier"]
+    assert {row[4] for row in found} == {"the interpreter is for tests"}
+
+
+def test_a_run_says_what_was_measured_and_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decide(layer: candidates.Layer, impl: str, device: torch.device) -> candidates.Decision:
+        why = "measured on NVIDIA H200" if layer.residual else "predicted: for this test"
+        return candidates.Decision("torch", None, candidates.DEFAULT_FORM, why)
+
+    monkeypatch.setattr(ops, "decide", decide)
+    monkeypatch.setattr(ops, "_runs_triton", lambda *_: True)  # as on a GPU
+    lines = fdl.explain(small_model(), torch.randn(1, 3, 64, 64)).splitlines()
+    assert sum(line.endswith("measured on NVIDIA H200") for line in lines) == 4
+    assert sum(line.endswith("predicted: for this test") for line in lines) == len(lines) - 5
 
 
 def test_one_value_for_all() -> None:
