@@ -1,18 +1,22 @@
-"""What the convolutions of R50 OS8 520x520 B8 in bf16 should take on an H200, said before any of it is measured.
+"""What the convolutions should take on an H200 in bf16, said before any of it is measured.
 
-``python benchmarks/predict.py`` prints the table of NOTES.md. The kernel, in its predicted tile choice: programs in
-waves over the multiprocessors, multiplying at an assumed rate. The library: its convolution at an assumed share of the
-rate of matrix products, padding included; as ``conv_pointwise`` also its passes over the result. Either as long as its
-bytes, if they take longer.
+``python benchmarks/predict.py`` prints the tables of NOTES.md: R50 OS8 520x520 B8 layer by layer (another network with
+``--network 4``), and the sums of every network of ``roofline.NETWORKS``, and of one at batch 1.
+
+The kernel, in its predicted tile choice: programs in waves over the multiprocessors, multiplying at an assumed rate. The
+library: its convolution at an assumed share of the rate of matrix products, padding included; as ``conv_pointwise``
+also its passes over the result. Either as long as its bytes, if they take longer.
 """
 
+import argparse
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from cases import ConvCase, fused
 from fastdeeplab.kernels.candidates import Gpu, Tile, predict_tile, tiles_for
 from fastdeeplab.kernels.tuning import tile_name
-from roofline import GPUS, conv_layers, print_row
+from roofline import GPUS, NETWORKS, Layer, conv_layers, network_layers, print_row
 
 GPU = GPUS["H200"]
 KERNEL_FLOPS = 600e12  # of full tiles
@@ -44,21 +48,10 @@ def library_microseconds(case: ConvCase, form: str) -> float:
     return 1e6 * (convolution + maps * one_map / GPU.bandwidth)
 
 
-def main() -> None:
-    layers = conv_layers(50, 8, (520, 520), 8)
+def predict(layers: Sequence[Layer], show: Callable[..., None]) -> tuple[str, ...]:
+    """Shows a row per layer; returns the last one, of their sums over the network."""
     counts = {layer.name: layer.count for layer in layers}
     gpu = Gpu("NVIDIA H200", (9, 0), GPU.multiprocessors)
-    columns = (
-        "floor",
-        "kernel",
-        "its tile",
-        "conv_pointwise",
-        "cudnn_relu",
-        "conv_pointwise / kernel",
-        "best / kernel",
-    )
-    print_row("module", "layers", "shape", *columns)
-    print_row(*["---"] * (3 + len(columns)))
     sums = [0.0] * 4
     for name, layer in fused(layers, torch.bfloat16):
         case = ConvCase(name, layer)
@@ -72,14 +65,36 @@ def main() -> None:
         best = min(separate, together)
         floor = 1000 * case.work.floor(GPU)
         sums = [total + count * time for total, time in zip(sums, (floor, kernel, separate, best), strict=True)]
-        print_row(
+        show(
             name.removeprefix("backbone."), count, case.shape, f"{floor:.1f}", f"{kernel:.1f}",
             tile_name(tile).removeprefix("pointer-"), f"{separate:.1f}", f"{together:.1f}" if one_call else "",
             f"{separate / kernel:.2f}", f"{best / kernel:.2f}",
         )  # fmt: skip
     floor, kernel, separate, best = sums
     ratios = f"{separate / kernel:.2f}", f"{best / kernel:.2f}"
-    print_row("all", "", "", f"{floor:.0f}", f"{kernel:.0f}", "", f"{separate:.0f}", f"{best:.0f}", *ratios)
+    return f"{floor:.0f}", f"{kernel:.0f}", f"{separate:.0f}", f"{best:.0f}", *ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", type=int, default=2, choices=range(len(NETWORKS)), help="of roofline.NETWORKS")
+    network = NETWORKS[parser.parse_args().network]
+    ratios = ("conv_pointwise / kernel", "best / kernel")
+    columns = ("module", "layers", "shape", "floor", "kernel", "its tile", "conv_pointwise", "cudnn_relu", *ratios)
+    print_row(*columns)
+    print_row(*["---"] * len(columns))
+    floor, kernel, separate, best, *last = predict(network_layers(*network), print_row)
+    print_row("all", "", "", floor, kernel, "", separate, best, *last)
+
+    print("\nSums over the convolutions of a network\n")
+    columns = ("network", "floor", "kernel", "conv_pointwise", "best library form of each layer", *ratios)
+    print_row(*columns)
+    print_row(*["---"] * len(columns))
+    whole = {f"R{d} OS{s} {size} B{network_layers(d, s, size, k)[0].N} K={k}": network_layers(d, s, size, k)
+             for d, s, size, k in NETWORKS}  # fmt: skip
+    whole["R50 OS8 520x520 B1 K=21"] = conv_layers(50, 8, (520, 520), 1, 21)
+    for name, layers in whole.items():
+        print_row(name, *predict(layers, lambda *_: None))
 
 
 if __name__ == "__main__":
