@@ -3,7 +3,7 @@
 ``python benchmarks/predict.py`` prints the tables of NOTES.md: R50 OS8 520x520 B8 layer by layer (another network with
 ``--network 4``), and the sums of every network of ``roofline.NETWORKS``, and of one at batch 1.
 
-The kernel, in its predicted tile choice: programs in waves over the multiprocessors, multiplying at an assumed rate. The
+The kernel, in its predicted tile choice: programs in waves over the multiprocessors, multiplying at a given rate. The
 library: its convolution at an assumed share of the rate of matrix products, padding included; as ``conv_pointwise``
 also its passes over the result. Either as long as its bytes, if they take longer.
 """
