@@ -212,7 +212,57 @@ def cudnn_relu(
     return _channels_last(torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry))
 
 
-FORMS: dict[str, Callable[..., Tensor]] = {"conv_pointwise": conv_pointwise, "cudnn_relu": cudnn_relu}
+@_full_precision
+def addmm_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    relu: bool,
+) -> Tensor:
+    """A 1x1 convolution as a matrix product with bias and ReLU in its epilogue; what is none, as ``conv_pointwise``."""
+    if not relu or residual is not None or weight.shape[2:] != (1, 1) or stride != 1 or padding:
+        return conv_pointwise(x, weight, scale, shift, residual, stride, padding, dilation, relu)
+    N, _, H, W = x.shape
+    pixels = _channels_last(x).permute(0, 2, 3, 1).flatten(0, 2)
+    y = torch._addmm_activation(shift.to(x.dtype), pixels, _folded(weight, scale).flatten(1).T)
+    return _channels_last(y.view(N, H, W, -1).permute(0, 3, 1, 2))
+
+
+@_full_precision
+def conv_fused_pointwise(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    relu: bool,
+) -> Tensor:
+    """The convolution, then one pass over its result, by a Triton kernel, for all that follows; without gradients."""
+    from . import splits
+
+    y = F.conv2d(_channels_last(x), _channels_last(weight), None, stride, padding, dilation)
+    y = y.contiguous(memory_format=torch.channels_last)
+    if y.numel():
+        sums = y.permute(0, 2, 3, 1).reshape(-1, 1, y.shape[1])
+        residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+        splits.add_splits(sums, scale, shift, residual, y, relu=relu)
+    return y
+
+
+FORMS: dict[str, Callable[..., Tensor]] = {
+    "conv_pointwise": conv_pointwise,
+    "conv_fused_pointwise": conv_fused_pointwise,
+    "cudnn_relu": cudnn_relu,
+    "addmm_relu": addmm_relu,
+}
 
 
 def concatenated_branches(

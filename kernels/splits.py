@@ -41,7 +41,7 @@ def add_splits_kernel(
     mask = (offs_p < pixels)[:, None] & mask_c[None, :]
     pixel = (n * pixels + offs_p)[:, None]  # [BLOCK_P, 1]
     sums_ptr += pixel * SPLITS * channels + offs_c[None, :]
-    acc = tl.load(sums_ptr, mask=mask, other=0.0)
+    acc = tl.load(sums_ptr, mask=mask, other=0.0).to(tl.float32)
     for split in tl.static_range(1, SPLITS):
         acc += tl.load(sums_ptr + split * channels, mask=mask, other=0.0)
     acc = scale_and_shift(acc, scale_ptr, shift_ptr + n * stride_shift, offs_c, mask_c)
@@ -64,7 +64,7 @@ def add_splits(
     """Write the finished sums to ``out``.
 
     Args:
-        sums: (N * H * W, SPLITS, channels) fp32.
+        sums: (N * H * W, SPLITS, channels) fp32; with SPLITS = 1 of any dtype, also ``out`` itself.
         scale: (channels,) fp32, or None; shift: (channels,) fp32, or (N, channels).
         residual, out: (N, channels, H, W), dense channels_last or channel slices of such.
     """

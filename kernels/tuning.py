@@ -103,10 +103,15 @@ def tile_choices(layer: Layer, device: torch.device) -> list[Tile]:
 
 
 def library_forms(layer: Layer, device: torch.device) -> list[str]:
-    """Those that can run: cuDNN's own needs CUDA and a ReLU, and the projection has one form."""
-    if layer.function == "aspp_projection" or device.type != "cuda" or not layer.relu:
+    """Those that differ for a layer; all but the first need CUDA, and the projection has one form."""
+    if layer.function == "aspp_projection" or device.type != "cuda":
         return [DEFAULT_FORM]
-    return list(library.FORMS)
+    forms = [DEFAULT_FORM, "conv_fused_pointwise"]
+    if layer.relu:
+        forms.append("cudnn_relu")
+        if layer.kernel == (1, 1) and layer.stride == 1 and not layer.padding and not layer.residual:
+            forms.append("addmm_relu")
+    return forms
 
 
 def tile_name(tile: Tile) -> str:

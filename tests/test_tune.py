@@ -233,8 +233,8 @@ def test_no_tile_choice_where_kernels_can_not_run(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("device", "options", "forms"),
     [
-        ("cuda", {}, ["conv_pointwise", "cudnn_relu"]),
-        ("cuda", {"relu": False}, ["conv_pointwise"]),
+        ("cuda", {}, ["conv_pointwise", "conv_fused_pointwise", "cudnn_relu", "addmm_relu"]),
+        ("cuda", {"relu": False}, ["conv_pointwise", "conv_fused_pointwise"]),
         ("cpu", {}, ["conv_pointwise"]),
     ],
 )
