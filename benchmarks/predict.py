@@ -75,10 +75,10 @@ def predict(layers: Sequence[Layer], show: Callable[..., None]) -> tuple[str, ..
     return f"{floor:.0f}", f"{kernel:.0f}", f"{separate:.0f}", f"{best:.0f}", *ratios
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", type=int, default=2, choices=range(len(NETWORKS)), help="of roofline.NETWORKS")
-    network = NETWORKS[parser.parse_args().network]
+    network = NETWORKS[parser.parse_args(arguments).network]
     ratios = ("conv_pointwise / kernel", "best / kernel")
     columns = ("module", "layers", "shape", "floor", "kernel", "its tile", "conv_pointwise", "cudnn_relu", *ratios)
     print_row(*columns)

@@ -276,8 +276,11 @@ def test_the_modules_compute_what_the_layer_does() -> None:
 
 
 def test_predictions_are_above_the_floor(capsys: pytest.CaptureFixture[str]) -> None:
-    predict.main()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    predict.main([])
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.split("\n\n")[0].splitlines()
+    ]
     assert len({len(row) for row in rows}) == 1
     for row in rows[2:]:
         floor, kernel, separate = (float(row[column]) for column in (3, 4, 6))
