@@ -146,13 +146,14 @@ class Layer:
         """The tiles along the pixels: how many, and with how many taps each."""
         if not tile.skip:
             return [(-(-self.pixels // tile.block_m), math.prod(self.kernel))]
-        found = [
-            (-(-self.N * rows * columns // tile.block_m), row_taps * column_taps)
-            for dilation in self.dilations
-            for rows, columns, row_taps, column_taps in rectangles(self.H, self.W, dilation)
-        ]
-        if self.function == "aspp_branches":
-            found.append((-(-self.pixels // tile.block_m), 1))
+        size, block_m = (self.N, self.H, self.W), tile.block_m
+        if self.function == "conv_bn_relu":
+            return rectangle_runs(*size, self.dilations[0], block_m)
+        found = [(-(-self.pixels // block_m), 1)]
+        for rate in self.dilations:
+            found += (
+                masked_run(*size, block_m) if is_whole(*size, rate, block_m) else rectangle_runs(*size, rate, block_m)
+            )
         return found
 
     def executed(self, tile: Tile) -> int:
@@ -173,6 +174,29 @@ def rectangles(H: int, W: int, dilation: int) -> Iterator[tuple[int, int, int, i
     """The at most nine rectangles of a map whose pixels share their live taps: rows, columns, row and column taps."""
     for (rows, row_taps), (columns, column_taps) in product(intervals(H, dilation), intervals(W, dilation)):
         yield rows, columns, row_taps, column_taps
+
+
+def rectangle_runs(N: int, H: int, W: int, dilation: int, block_m: int) -> list[tuple[int, int]]:
+    """For each rectangle how many runs of BLOCK_M pixels it has, over all images, and the live taps of each."""
+    return [
+        (-(-N * rows * columns // block_m), row_taps * column_taps)
+        for rows, columns, row_taps, column_taps in rectangles(H, W, dilation)
+    ]
+
+
+def masked_run(N: int, H: int, W: int, block_m: int) -> list[tuple[int, int]]:
+    """The same of the map as one rectangle with all taps, loads of padding masked."""
+    return [(-(-N * H * W // block_m), 9)]
+
+
+@lru_cache(maxsize=4096)
+def is_whole(N: int, H: int, W: int, dilation: int, block_m: int) -> bool:
+    """Whether a branch of ASPP executes fewer taps as one masked rectangle: where its rectangles are thin."""
+
+    def executed(runs: list[tuple[int, int]]) -> int:
+        return sum(count * taps for count, taps in runs)
+
+    return executed(masked_run(N, H, W, block_m)) < executed(rectangle_runs(N, H, W, dilation, block_m))
 
 
 def live_share(H: int, W: int, kernel: int, dilation: int) -> float:

@@ -19,7 +19,8 @@ for Semantic Image Segmentation" (2017), observed that at large rates most taps 
 convolution is, to all this, a 3x3 one dilated so far that only its centre lies inside the map.
 
 ``aspp_branches`` computes several branches in one launch into channel slices of one tensor. Rectangles with many live
-taps come first, of whatever branch, so that the short programs come last and fill the gaps.
+taps come first, of whatever branch, so that the short programs come last and fill the gaps. A branch whose rectangles
+are thin, mostly ragged ends of runs, is *whole*: one rectangle with all taps, its loads masked.
 """
 
 import math
@@ -31,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .candidates import Tile, rectangles
+from .candidates import Tile, is_whole, masked_run, rectangle_runs
 from .checks import pixel_pitch
 from .splits import add_splits, adding_programs, scale_and_shift
 
@@ -39,11 +40,11 @@ REGISTERS = 168  # of a thread with a tile of 64x64: left to itself, ptxas aims 
 
 
 @triton.jit
-def interval(number, dilation, size):
+def interval(number, dilation, size, whole):
     """One of the three intervals of an axis: its first position, its length, its first live tap and their number."""
-    inner = tl.maximum(tl.minimum(dilation, size - dilation), 0)
-    outer = tl.minimum(tl.maximum(dilation, size - dilation), size)
-    middle = tl.where(2 * dilation < size, 3, 1)  # all taps read inside there, or its own position alone
+    inner = tl.where(whole, 0, tl.maximum(tl.minimum(dilation, size - dilation), 0))
+    outer = tl.where(whole, size, tl.minimum(tl.maximum(dilation, size - dilation), size))
+    middle = tl.where(whole | (2 * dilation < size), 3, 1)  # all taps read inside there, or its own position alone
     start = tl.where(number == 0, 0, tl.where(number == 1, inner, outer))
     stop = tl.where(number == 0, inner, tl.where(number == 1, outer, size))
     first_tap = tl.where(number == 0, 1, tl.where(number == 1, (3 - middle) // 2, 0))
@@ -60,19 +61,21 @@ def pick(values, index):
 
 
 @triton.jit
-def rectangle(slot, dilations, H, W):
+def rectangle(slot, dilations, H, W, WHOLE: tl.constexpr):
     """A branch's rectangle, nine slots to a branch: branch, then the intervals of its rows and columns."""
-    dilation = pick(dilations, slot // 9)
-    y, rows, r, row_taps = interval(slot % 9 // 3, dilation, H)
-    x, columns, c, column_taps = interval(slot % 3, dilation, W)
+    dilation, whole = pick(dilations, slot // 9), pick(WHOLE, slot // 9)
+    y, rows, r, row_taps = interval(slot % 9 // 3, dilation, H, whole)
+    x, columns, c, column_taps = interval(slot % 3, dilation, W, whole)
     return slot // 9, y, rows, r, row_taps, x, columns, c, column_taps
 
 
 @triton.jit
-def rectangle_and_run(tile, dilations, N, H, W, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
+def rectangle_and_run(
+    tile, dilations, N, H, W, WHOLE: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
     """The rectangle of a tile and the tile's number in it, rectangles with many live taps first."""
     slot = tl.arange(0, SLOTS)
-    branch, _, rows, _, row_taps, _, columns, _, column_taps = rectangle(slot, dilations, H, W)
+    branch, _, rows, _, row_taps, _, columns, _, column_taps = rectangle(slot, dilations, H, W, WHOLE)
     runs = tl.where(branch < len(dilations), (N * rows * columns + BLOCK_M - 1) // BLOCK_M, 0)
     rank = row_taps * column_taps * SLOTS - slot  # no two are equal
     before = tl.sum(tl.where(rank[None, :] > rank[:, None], runs[None, :], 0), axis=1)  # [SLOTS]
@@ -86,7 +89,7 @@ def conv_kernel(
     x_ptr, weight_ptrs, scale_ptr, shift_ptr, residual_ptr, out_ptr, sums_ptr,
     N, C, H, W, C_out, H_out, W_out, padding, dilations,
     stride_xp, stride_rp, stride_op,
-    KERNELS: tl.constexpr, STRIDE: tl.constexpr, SKIP: tl.constexpr, MASKED: tl.constexpr,
+    KERNELS: tl.constexpr, STRIDE: tl.constexpr, SKIP: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr,
     RELU: tl.constexpr, PER_IMAGE: tl.constexpr, SPLITS: tl.constexpr,
     SLOTS: tl.constexpr, UNIT: tl.constexpr, UNIT_OUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
@@ -107,8 +110,8 @@ def conv_kernel(
     tile = tl.program_id(0) // (blocks_n * SPLITS)
 
     if SKIP:
-        slot, run = rectangle_and_run(tile, dilations, N, H_out, W_out, SLOTS, BLOCK_M)
-        branch, y0, rows, r0, row_taps, x0, columns, c0, column_taps = rectangle(slot, dilations, H_out, W_out)
+        slot, run = rectangle_and_run(tile, dilations, N, H_out, W_out, WHOLE, SLOTS, BLOCK_M)
+        branch, y0, rows, r0, row_taps, x0, columns, c0, column_taps = rectangle(slot, dilations, H_out, W_out, WHOLE)
         dilation = pick(dilations, branch)
         padding = dilation
         weight_ptr = pick(weight_ptrs, branch)
@@ -280,8 +283,10 @@ def _launch(
     skip = len(weights) > 1 or (tile.skip and kernel == 3 and stride == 1 and padding == dilations[0])
     if skip:
         dilations = [min(dilation, max(H, W)) for dilation in dilations]  # none reaches farther than past the map
-        runs = count_runs(N, H, W, tuple(dilations), tile.block_m)
+        whole = tuple(len(weights) > 1 and is_whole(N, H, W, dilation, tile.block_m) for dilation in dilations)
+        runs = count_runs(N, H, W, tuple(dilations), whole, tile.block_m)
     else:
+        whole = (False,)
         runs = -(-pixels // tile.block_m)
     programs = runs * -(-C_out // tile.block_n) * tile.splits
     adders = adding_programs(out) if tile.splits > 1 else 0
@@ -300,7 +305,7 @@ def _launch(
             N, C // unit, H, W, C_out // unit_out, H_out, W_out, padding, tuple(dilations),
             pitch // unit, pitch_r // unit_out, pitch_out // unit_out,
             KERNELS=tuple(weight.shape[2] for weight in weights), STRIDE=stride,
-            SKIP=skip, MASKED=not skip and padding > 0, SLOTS=triton.next_power_of_2(9 * len(weights)),
+            SKIP=skip, WHOLE=whole, MASKED=any(whole) if skip else padding > 0, SLOTS=triton.next_power_of_2(9 * len(weights)),
             RELU=relu, PER_IMAGE=shift.ndim == 2, SPLITS=tile.splits, UNIT=unit, UNIT_OUT=unit_out, PRECISION=precision,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN_K=C % tile.block_k == 0,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -311,10 +316,13 @@ def _launch(
 
 
 @lru_cache(maxsize=4096)
-def count_runs(N: int, H: int, W: int, dilations: tuple[int, ...], block_m: int) -> int:
+def count_runs(N: int, H: int, W: int, dilations: tuple[int, ...], whole: tuple[bool, ...], block_m: int) -> int:
     """Of BLOCK_M pixels, in all rectangles of all branches."""
-    cut = [rectangle for dilation in dilations for rectangle in rectangles(H, W, dilation)]
-    return sum(-(-N * rows * columns // block_m) for rows, columns, *_ in cut)
+    branches = (
+        masked_run(N, H, W, block_m) if is_one else rectangle_runs(N, H, W, dilation, block_m)
+        for dilation, is_one in zip(dilations, whole, strict=True)
+    )
+    return sum(count for runs in branches for count, _ in runs)
 
 
 def _pitch(x: Tensor) -> int:

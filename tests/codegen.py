@@ -163,7 +163,8 @@ def conv_cases() -> Iterator[Case]:
         scale, shift = torch.empty(C_out), torch.empty(C_out)
         if "branches" in kind:
             scale, shift, out = torch.empty(4 * channels), torch.empty(4 * channels), map_of(4 * channels, dtype)
-            launcher.aspp_branches(x, [weights[0], *3 * [weights[1]]], scale, shift, out, rates=(6, 12, 18), **shared)
+            rates = (1, 2, 18) if "thin" in kind else (6, 12, 18)
+            launcher.aspp_branches(x, [weights[0], *3 * [weights[1]]], scale, shift, out, rates=rates, **shared)
         elif "projection" in kind:
             launcher.aspp_projection(x, torch.empty(2, channels), weights[0], scale, out, **shared)
         else:
@@ -215,6 +216,7 @@ def conv_cases() -> Iterator[Case]:
     for architectures, tile in TILES:
         if tile.kernel == "pointer":
             yield case("1x1 and 3x3 branches", architectures, tile._replace(splits=4, skip=True), torch.bfloat16)
+            yield case("1x1 and 3x3 branches, thin", architectures, tile._replace(skip=True), torch.bfloat16)
     yield case("3x3 dilated", *next(row for row in TILES if row[1].kernel == "boxes_tma"), torch.bfloat16)
     yield case("1x1 stride 2", tuple(SHARED_LIMITS), TILES[0][1], torch.bfloat16)
 

@@ -282,6 +282,15 @@ def test_the_nearest_measurement_decides(table: list[Measurement]) -> None:
     assert decision.why == "measured on NVIDIA H200"
 
 
+@pytest.mark.parametrize("rates", [(1, 2, 3), (2, 4, 6), (1, 12, 24)], ids=str)
+@pytest.mark.parametrize("size", [(17, 17), (33, 33), (9, 40)], ids=str)
+def test_aspp_executes_no_more_than_masked_rectangles(size: tuple[int, int], rates: tuple[int, ...]) -> None:
+    """At small rates, rectangles of a pixel or two in width would be mostly the ragged ends of runs."""
+    layer, tile = aspp(1, size, rates), Tile("pointer", 64, 64, 64, 4, 4, skip=True)
+    runs = -(-layer.pixels // tile.block_m)
+    assert layer.executed(tile) <= tile.block_m * runs * (1 + 9 * len(rates))
+
+
 def test_splits_are_those_of_the_size_at_hand(table: list[Measurement]) -> None:
     small = conv(1, 2048, (33, 33), 256, 1)
     row = measured(small)

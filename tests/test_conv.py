@@ -234,25 +234,30 @@ def test_fault_01_dilations_above_int32(dilation: int, device: torch.device) -> 
 
 @triton.jit
 def taps_of_tiles_kernel(
-    taps_ptr, runs_ptr, dilations, N, H, W, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr
+    taps_ptr, runs_ptr, dilations, N, H, W, WHOLE: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
     """Each program's live taps and the number of its run."""
-    slot, run = conv.rectangle_and_run(tl.program_id(0), dilations, N, H, W, SLOTS, BLOCK_M)
-    _, _, _, _, row_taps, _, _, _, column_taps = conv.rectangle(slot, dilations, H, W)
+    slot, run = conv.rectangle_and_run(tl.program_id(0), dilations, N, H, W, WHOLE, SLOTS, BLOCK_M)
+    _, _, _, _, row_taps, _, _, _, column_taps = conv.rectangle(slot, dilations, H, W, WHOLE)
     tl.store(taps_ptr + tl.program_id(0), row_taps * column_taps)
     tl.store(runs_ptr + tl.program_id(0), run)
 
 
+@pytest.mark.parametrize("whole", [(), (1,), (0, 1)], ids=str)
 @pytest.mark.parametrize(("H", "W", "rates"), [(17, 17, (3, 6, 9)), (5, 20, (2, 7)), (9, 9, (9,))], ids=str)
 def test_rectangles_with_many_live_taps_come_first(
-    H: int, W: int, rates: tuple[int, ...], device: torch.device
+    H: int, W: int, rates: tuple[int, ...], whole: tuple[int, ...], device: torch.device
 ) -> None:
     N, BLOCK_M = 2, 32
     dilations = (max(H, W), *rates)
-    cut = [(rows * columns, r * c) for rate in dilations for rows, columns, r, c in rectangles(H, W, rate)]
+    cut = []
+    for branch, rate in enumerate(dilations):
+        parts = [(H, W, 3, 3)] if branch in whole else rectangles(H, W, rate)
+        cut += [(rows * columns, r * c) for rows, columns, r, c in parts]
     expected = sorted((taps for pixels, taps in cut for _ in range(-(-N * pixels // BLOCK_M))), reverse=True)
     taps, runs = torch.full((2, len(expected)), -1, dtype=torch.int32, device=device)
-    taps_of_tiles_kernel[(len(expected),)](taps, runs, dilations, N, H, W, SLOTS=64, BLOCK_M=BLOCK_M)
+    flags = tuple(branch in whole for branch in range(len(dilations)))
+    taps_of_tiles_kernel[(len(expected),)](taps, runs, dilations, N, H, W, WHOLE=flags, SLOTS=64, BLOCK_M=BLOCK_M)
     assert taps.tolist() == expected
     assert sum(run == 0 for run in runs.tolist()) == len(cut)
 
@@ -261,7 +266,11 @@ def test_runs_are_counted_over_all_rectangles() -> None:
     rates, (H, W) = (12, 24, 36), (65, 65)
     found = [(rows * columns, r * c) for rate in (65, *rates) for rows, columns, r, c in rectangles(H, W, rate)]
     assert sum(pixels for pixels, _ in found) == 4 * H * W
-    assert conv.count_runs(8, H, W, (65, *rates), 128) == sum(-(-8 * pixels // 128) for pixels, _ in found)
+    runs = sum(-(-8 * pixels // 128) for pixels, _ in found)
+    assert conv.count_runs(8, H, W, (65, *rates), (False,) * 4, 128) == runs
+    of_first_rate = sum(-(-8 * rows * columns // 128) for rows, columns, _, _ in rectangles(H, W, 12))
+    masked = conv.count_runs(8, H, W, (65, *rates), (False, True, False, False), 128)
+    assert masked == runs - of_first_rate + -(-8 * H * W // 128)
 
 
 def test_fault_01_strides_above_int32(device: torch.device) -> None:
@@ -308,6 +317,7 @@ class Branches:
         assert relative_error(self.launch(tile), exact) <= relative_error(self.pytorch(dtype), exact) + SLACK[dtype]
 
 
+@pytest.mark.parametrize("whole", ["where rectangles are thin", False, True])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
     ("shape", "C_b", "rates"),
@@ -321,8 +331,12 @@ class Branches:
     ],
 )
 def test_aspp_branches(
-    shape: tuple[int, int, int, int], C_b: int, rates: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
+    shape: tuple[int, int, int, int], C_b: int, rates: tuple[int, ...], dtype: torch.dtype, whole: bool | str,
+    device: torch.device, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each branch cut into rectangles, or one masked rectangle, which the 1x1 branch never is."""
+    if isinstance(whole, bool):
+        monkeypatch.setattr(conv, "is_whole", lambda N, H, W, dilation, block_m: whole and dilation < max(H, W))
     Branches(device, dtype, shape, C_b, rates).assert_accurate()
 
 
