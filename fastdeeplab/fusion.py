@@ -1,7 +1,8 @@
-"""Convolution and batch norm in one call of ``fastdeeplab.kernels``, on the modules' live parameters.
+"""Convolution and batch norm in one call of ``fastdeeplab.kernels``.
 
-In eval mode a batch norm is a scale and a shift per channel. They are computed anew in each forward, those of all batch
-norms together by a few multi-tensor operations: nothing is kept, so nothing can be stale.
+In eval mode a batch norm is a scale and a shift per channel. A model's live parameters give them anew in each forward,
+those of all batch norms together by a few multi-tensor operations: nothing is kept, so nothing can be stale. In a
+frozen model the scale is folded into the convolution's weight, and ``FoldedBatchNorm`` holds what is left.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdeeplab import kernels
 
-Affine = Mapping[nn.Module, tuple[Tensor, Tensor]]  # of each batch norm: scale and shift, (C,) fp32
+Affine = Mapping[nn.Module, tuple[Tensor | None, Tensor]]  # of each batch norm: scale (None for 1) and shift, (C,) fp32
+
+
+class FoldedBatchNorm(nn.Module):
+    """What is left of a batch norm that was folded into the convolution before it: the shift of each channel.
+
+    Args:
+        shift: (C,) fp32.
+        scale: (C,) fp32, or None for 1: powers of two that keep folded fp16 weights within fp16's range.
+    """
+
+    def __init__(self, shift: Tensor, scale: Tensor | None = None) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(shift, requires_grad=False)
+        self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
+
+    def affine(self) -> tuple[Tensor | None, Tensor]:
+        return None if self.scale is None else self.scale.float(), self.shift.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.affine()
+        y = x.float() if scale is None else x.float() * scale[:, None, None]
+        return (y + shift[:, None, None]).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.shift)}" + ("" if self.scale is None else ", scaled")
 
 
 def affine_of_batch_norms(model: nn.Module) -> Affine | None:
@@ -42,7 +68,7 @@ def affine_of_batch_norms(model: nn.Module) -> Affine | None:
 
 def conv_bn_relu(
     conv: Any,
-    norm: nn.Module,
+    norm: nn.Module | None,
     x: Tensor,
     affine: Affine,
     residual: Tensor | None = None,
@@ -51,9 +77,13 @@ def conv_bn_relu(
     kernel: str = "auto",
 ) -> Tensor:
     """``relu(norm(conv(x)) + residual)`` of a plain ``nn.Conv2d``; see ``fastdeeplab.kernels.conv_bn_relu``."""
-    scale, shift = affine[norm]
-    if conv.bias is not None:
-        shift = shift + scale * conv.bias
+    bias = None if conv.bias is None else conv.bias.float()
+    if norm is None:
+        scale, shift = None, conv.weight.new_zeros(len(conv.weight), dtype=torch.float32) if bias is None else bias
+    else:
+        scale, shift = affine[norm]
+        if bias is not None:
+            shift = shift + (bias if scale is None else scale * bias)
     return kernels.conv_bn_relu(
         x,
         conv.weight,

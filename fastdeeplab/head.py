@@ -88,10 +88,12 @@ class ASPP(nn.Module):
         parts: list[Any] = list(self.convs)
         *atrous, pooling = parts
         scales, shifts = zip(*(affine[norm] for _, norm, _ in atrous), strict=True)
+        scale = None
+        if any(scale is not None for scale in scales):
+            ones = torch.ones_like(shifts[0])
+            scale = torch.cat([ones if scale is None else scale for scale in scales])
         weights, rates = [conv.weight for conv, _, _ in atrous], [conv.dilation[0] for conv, _, _ in atrous[1:]]
-        branches = kernels.aspp_branches(
-            x, weights, torch.cat(scales), torch.cat(shifts), rates=rates, impl=self.kernel
-        )
+        branches = kernels.aspp_branches(x, weights, scale, torch.cat(shifts), rates=rates, impl=self.kernel)
         pool, conv, norm, _ = pooling
         pooled = fusion.conv_bn_relu(conv, norm, pool(x), affine, kernel="torch")  # a pixel per image
         conv, norm, *_ = list[Any](self.project)
@@ -124,7 +126,8 @@ class DeepLabHead(nn.Sequential):
         aspp, conv, norm, relu, classifier = list[Any](self)
         if affine is None:
             return classifier(relu(norm(conv(aspp(x)))))
-        return classifier(fusion.conv_bn_relu(conv, norm, aspp(x, affine), affine, kernel=self.kernel))
+        x = fusion.conv_bn_relu(conv, norm, aspp(x, affine), affine, kernel=self.kernel)
+        return fusion.conv_bn_relu(classifier, None, x, affine, relu=False, kernel=self.kernel)
 
 
 class AuxHead(nn.Sequential):

@@ -184,12 +184,7 @@ class ResNetModel(nn.Module):
         Raises:
             ValueError: ``images`` has another shape, or is not of a floating-point type.
         """
-        if images.ndim != 4 or images.shape[1] != self.config["in_channels"] or 0 in images.shape[2:]:
-            expected = f"(B, {self.config['in_channels']}, H, W) with H and W from 1 up"
-            raise ValueError(f"images must be {expected}, got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise ValueError(f"images must be normalised floating-point numbers, got {images.dtype}")
-
+        self.check_images(images)
         affine = affine_of_batch_norms(self)
         c4, c5 = self.backbone(images, affine)
         outputs = {"out": self.classifier(c5, affine)}
@@ -198,6 +193,14 @@ class ResNetModel(nn.Module):
         if upsample:
             outputs = {name: upsample_logits(logits, images.shape[-2:]) for name, logits in outputs.items()}
         return outputs
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise a ValueError if the model can't take ``images``."""
+        if images.ndim != 4 or images.shape[1] != self.config["in_channels"] or 0 in images.shape[2:]:
+            expected = f"(B, {self.config['in_channels']}, H, W) with H and W from 1 up"
+            raise ValueError(f"images must be {expected}, got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError(f"images must be normalised floating-point numbers, got {images.dtype}")
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
         """``forward(images, upsample=False)``: the logits at the encoder's resolution, (B, K, h, w)."""

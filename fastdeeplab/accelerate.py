@@ -1,0 +1,255 @@
+"""A trained model to a frozen, faster copy of it: batch norms folded, weights cast, kernels on.
+
+The copy consists of the same module classes. A batch norm that follows a convolution multiplies each channel by a scale
+and adds a shift; the scale goes into the convolution's weight (in fp64, rounded once), the shift stays, in fp32, and the
+kernels add it to their fp32 accumulators.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastdeeplab.backbone import LAYERS
+from fastdeeplab.fusion import Affine, FoldedBatchNorm
+from fastdeeplab.kernels.choice import DTYPES
+from fastdeeplab.model import Kernels, ResNetModel, upsample_logits
+
+CLASSES_MULTIPLE = 8  # of channels that the classifier computes, so that pixels start at multiples of 16 bytes
+FP16_SAFE = (2.0**-10, 2.0**14)  # the largest weight of a channel, far enough from fp16's limits
+
+
+def accelerate(
+    model: nn.Module, *, kernels: str | Kernels = "auto", dtype: torch.dtype | None = None
+) -> "AcceleratedModel":
+    """Make a frozen copy of a DeepLabV3 that computes the same masks sooner.
+
+    Args:
+        model: a ``ResNetModel``, or torchvision's DeepLabV3 on a ResNet-50, -101 or -152, recognised by its structure;
+            in any mode, on any device. It is left as it is.
+        kernels: which implementation the modules run: ``"auto"``, ``"triton"`` or ``"torch"`` for all, or a
+            ``Kernels``. See ``explain``.
+        dtype: of weights and computation: float32, float16 or bfloat16; by default the model's.
+
+    Returns:
+        The copy, on the model's device, in eval mode; see ``AcceleratedModel``.
+
+    Raises:
+        ValueError: the model is no such DeepLabV3, with the name of what does not fit; or another argument is invalid.
+    """
+    source = _Source(model)
+    if dtype is None:
+        dtype = source.conv("backbone.conv1").weight.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
+    with torch.device("meta"):  # no weight is made that is then thrown away
+        fast = AcceleratedModel(**source.config(), kernels=kernels)
+    source.check_children(fast)
+    with torch.no_grad():
+        for name, conv, norm_name in list(_convolutions(fast)):
+            source.copy_geometry(name, conv)
+            weight, affine = _fold(source.conv(name), *source.affine(name, norm_name), dtype)
+            conv.weight = nn.Parameter(weight, requires_grad=False)
+            conv.bias = None
+            if norm_name is None:
+                _pad_classes(conv, affine.shift)
+            else:
+                fast.set_submodule(norm_name, affine)
+    return fast
+
+
+class AcceleratedModel(ResNetModel):
+    """What ``accelerate`` returns: a ``ResNetModel`` in eval mode for good, with folded batch norms.
+
+    It has no auxiliary head, takes images of any floating-point dtype, casts them to its own, and returns logits in its
+    own dtype, ``out`` contiguous. It never computes gradients, whether they are enabled or not, and is not affected by
+    autocast. Hooks on convolutions, batch norms and ReLUs inside are not called; those on blocks, stages and heads are.
+
+    ``copy.deepcopy``, ``pickle`` and ``.to(device)`` work. ``state_dict`` holds the folded weights, for another
+    accelerated copy of the same network. ``.half()`` and ``.to(dtype)`` round the folded weights a second time, and the
+    shifts too: ``accelerate(model, dtype=...)`` is more accurate. ``train()`` raises.
+    """
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        self.eval()
+
+    def forward(self, images: Tensor, *, upsample: bool = True) -> dict[str, Tensor]:
+        """As ``ResNetModel.forward``.
+
+        Raises:
+            RuntimeError: the images require a gradient.
+        """
+        self.check_images(images)
+        if images.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("an accelerated model has no gradients: take the model it was made from")
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            logits = self._compute_logits(images.to(self.backbone.conv1.weight.dtype))
+            if upsample:  # contiguous before it, where they are small
+                logits = upsample_logits(logits.contiguous(), images.shape[-2:])
+        return {"out": logits}
+
+    def _compute_logits(self, images: Tensor) -> Tensor:
+        affine: Affine = {norm: norm.affine() for norm in self.modules() if isinstance(norm, FoldedBatchNorm)}
+        _, c5 = self.backbone(images, affine)
+        logits: Tensor = self.classifier(c5, affine)
+        return logits[:, : self.config["num_classes"]]
+
+    def train(self, mode: bool = True) -> "AcceleratedModel":
+        """Stay in eval mode.
+
+        Raises:
+            RuntimeError: ``mode`` is True.
+        """
+        if mode:
+            raise RuntimeError("an accelerated model is frozen: train the model it was made from, and accelerate that")
+        super().train(False)
+        return self
+
+    def save(self, path: object) -> NoReturn:
+        """Raise: a checkpoint holds a model that can be trained.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("save the model this one was made from, and accelerate it after loading; or use torch.save")
+
+    def extra_repr(self) -> str:
+        return f"frozen, {self.backbone.conv1.weight.dtype}, kernels={self.kernels}"
+
+
+class _Source:
+    """A model to be accelerated, its parts found by name and checked for being what they are taken for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a ResNetModel or torchvision's DeepLabV3, got {type(model).__name__}")
+        if isinstance(model, AcceleratedModel):
+            raise ValueError("model is accelerated already: accelerate the one that it was made from")
+
+    def part(self, name: str) -> Any:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError:
+            self.fail(f"it has no {name}")
+
+    def fail(self, why: str) -> NoReturn:
+        expected = "a ResNetModel or torchvision's DeepLabV3 on a ResNet-50, -101 or -152"
+        raise ValueError(f"model must be {expected}; of this {type(self.model).__name__} {why}") from None
+
+    def config(self) -> dict[str, Any]:
+        """What a ``ResNetModel`` of the same structure is built with; dilations and strides are copied afterwards."""
+        stem, classifier = self.conv("backbone.conv1"), self.conv("classifier.4")
+        layers = [len(list(self.part(f"backbone.layer{stage}").children())) for stage in (1, 2, 3, 4)]
+        strides = [self.conv(f"backbone.layer{stage}.0.conv2").stride[0] for stage in (2, 3, 4)]
+        output_stride = 4 * strides[0] * strides[1] * strides[2]
+        if output_stride not in (8, 16):
+            self.fail(f"the output stride is {output_stride}, where 8 and 16 are known")
+        own = self.model.config if isinstance(self.model, ResNetModel) else {"width": stem.out_channels / 64}
+        return own | {
+            "depth": next((depth for depth, counts in LAYERS.items() if list(counts) == layers), 50),
+            "num_classes": classifier.out_channels,
+            "output_stride": output_stride,
+            "aux_head": False,
+            "atrous_rates": [self.conv(f"classifier.0.convs.{branch}.0").dilation[0] for branch in (1, 2, 3)],
+            "in_channels": stem.in_channels,
+            "layers": layers,
+        }
+
+    def check_children(self, fast: nn.Module) -> None:
+        """No part of the model may be one that the copy does not have, and what has no weights must be the same."""
+        for name, module in fast.named_modules():
+            if not name or name == "upsample_argmax":
+                continue
+            part = self.part(name)
+            if not isinstance(module, nn.Conv2d | _BatchNorm):
+                extra = [child for child, _ in part.named_children() if child not in dict(module.named_children())]
+                if extra:
+                    self.fail(f"{name} has a {extra[0]}, which is not known")
+            if isinstance(module, nn.ReLU) and not isinstance(part, nn.ReLU):
+                self.fail(f"{name} is a {type(part).__name__}, not a ReLU")
+            if isinstance(module, nn.MaxPool2d | nn.AdaptiveAvgPool2d) and _settings(module) != _settings(part):
+                self.fail(f"{name} is {part}, not {module}")
+
+    def conv(self, name: str) -> nn.Conv2d:
+        """A convolution that a call of the kernels can replace."""
+        conv = self.part(name)
+        if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
+            self.fail(f"{name} is a {type(conv).__name__}, not a Conv2d")
+        geometry = (conv.stride, conv.padding, conv.dilation)
+        same_both_ways = all(not isinstance(pair, str) and pair[0] == pair[1] for pair in geometry)
+        if conv.groups != 1 or conv.padding_mode != "zeros" or not same_both_ways:
+            self.fail(f"{name} is {conv}: groups, other padding than zeros, and sizes that differ are not known")
+        return conv
+
+    def copy_geometry(self, name: str, conv: nn.Conv2d) -> None:
+        """Strides, padding and dilations as the model has them; channels and kernels must be the same."""
+        source = self.conv(name)
+        shapes = [(each.out_channels, each.in_channels, *each.kernel_size) for each in (source, conv)]
+        if shapes[0] != shapes[1]:
+            self.fail(f"{name} has a weight of shape {shapes[0]}, not {shapes[1]}")
+        conv.stride, conv.padding, conv.dilation = source.stride, source.padding, source.dilation
+
+    def affine(self, name: str, norm_name: str | None) -> tuple[Tensor, Tensor]:
+        """Scale and shift in fp64, (C_out,), of what follows a convolution; its bias is in the shift."""
+        conv = self.conv(name)
+        ones = torch.ones(conv.out_channels, dtype=torch.float64, device=conv.weight.device)
+        scale, shift = ones, torch.zeros_like(ones)
+        if norm_name is not None:
+            scale, shift = self._affine_of_batch_norm(norm_name, ones)
+        return scale, shift if conv.bias is None else shift + scale * conv.bias.double()
+
+    def _affine_of_batch_norm(self, name: str, ones: Tensor) -> tuple[Tensor, Tensor]:
+        norm = self.part(name)
+        # torchvision's FrozenBatchNorm2d is a class of its own.
+        if not isinstance(norm, _BatchNorm) and type(norm).__name__ != "FrozenBatchNorm2d":
+            self.fail(f"{name} is a {type(norm).__name__}, not a batch norm")
+        if norm.running_mean is None or norm.running_var is None:
+            self.fail(f"{name} has no running statistics")
+        scale = ones if norm.weight is None else norm.weight.double()
+        scale = scale / torch.sqrt(norm.running_var.double() + norm.eps)
+        shift = -norm.running_mean.double() * scale
+        return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d, str | None]]:
+    """Each convolution's name, itself, and the name of the batch norm that follows; None for the classifier."""
+    modules = list(model.named_modules())
+    for (name, module), (next_name, following) in zip(modules, [*modules[1:], ("", model)], strict=True):
+        if isinstance(module, nn.Conv2d):
+            yield name, module, next_name if isinstance(following, _BatchNorm) else None
+
+
+def _fold(conv: nn.Conv2d, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> tuple[Tensor, FoldedBatchNorm]:
+    """The convolution's weight with the scale in it, in ``dtype``, and the rest.
+
+    Weights outside fp16's range, of variances near 0 or tiny gammas, keep a power of two as their channel's scale.
+    """
+    weight = conv.weight.double() * scale[:, None, None, None]
+    rest = None
+    if dtype == torch.float16:
+        largest = weight.abs().amax((1, 2, 3))
+        if bool(((largest > 0) & ((largest < FP16_SAFE[0]) | (largest > FP16_SAFE[1]))).any()):
+            rest = torch.exp2(torch.where(largest > 0, largest, 1).log2().floor())
+            weight = weight / rest[:, None, None, None]
+            rest = rest.float()
+    weight = weight.to(dtype, memory_format=torch.channels_last)
+    return weight, FoldedBatchNorm(shift.float(), rest)
+
+
+def _pad_classes(classifier: nn.Conv2d, bias: Tensor) -> None:
+    """Add channels of zeros, which the model cuts off again."""
+    padding = -classifier.out_channels % CLASSES_MULTIPLE
+    classifier.out_channels += padding
+    weight = torch.cat([classifier.weight, classifier.weight.new_zeros(padding, *classifier.weight.shape[1:])])
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    classifier.weight = nn.Parameter(weight, requires_grad=False)
+    classifier.bias = nn.Parameter(torch.cat([bias, bias.new_zeros(padding)]), requires_grad=False)
+
+
+def _settings(pool: Any) -> tuple[Any, ...]:
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "output_size")
+    return (type(pool), *(getattr(pool, name, None) for name in names))
