@@ -1,8 +1,8 @@
 """A trained model to a frozen, faster copy of it: batch norms folded, weights cast, kernels on.
 
-The copy consists of the same module classes. A batch norm that follows a convolution multiplies each channel by a scale
-and adds a shift; the scale goes into the convolution's weight (in fp64, rounded once), the shift stays, in fp32, and the
-kernels add it to their fp32 accumulators.
+The copy consists of the same module classes. A batch norm after a convolution multiplies each channel by a scale and
+adds a shift. The scale goes into the convolution's weight, in fp64 and rounded once; the shift stays, in fp32, and is
+added to the kernels' fp32 accumulators.
 """
 
 from collections.abc import Iterator
