@@ -57,7 +57,7 @@ def accelerate(
                 _pad_classes(conv, affine.shift)
             else:
                 fast.set_submodule(norm_name, affine)
-    return fast
+    return fast.eval()
 
 
 class AcceleratedModel(ResNetModel):
@@ -247,7 +247,8 @@ def _pad_classes(classifier: nn.Conv2d, bias: Tensor) -> None:
     weight = torch.cat([classifier.weight, classifier.weight.new_zeros(padding, *classifier.weight.shape[1:])])
     weight = weight.contiguous(memory_format=torch.channels_last)
     classifier.weight = nn.Parameter(weight, requires_grad=False)
-    classifier.bias = nn.Parameter(torch.cat([bias, bias.new_zeros(padding)]), requires_grad=False)
+    bias = torch.cat([bias, bias.new_zeros(padding)]).to(weight.dtype)
+    classifier.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def _settings(pool: Any) -> tuple[Any, ...]:

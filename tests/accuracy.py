@@ -32,3 +32,12 @@ def assert_argmax(index: Tensor, logits: Tensor, size: tuple[int, int], near_tie
         share = float((top[:, 0] - top[:, 1] <= bound).double().mean())
         print(f"near-ties {share:.2e}")
         assert share <= near_ties
+
+
+def assert_same_masks(index: Tensor, exact: Tensor, error: float = 1e-4) -> None:
+    """The index is the argmax of the exact full-size logits wherever the top two are further apart than the error.
+
+    The error is relative to the largest logit.
+    """
+    shortfall = exact.amax(1) - exact.gather(1, index[:, None].long())[:, 0]
+    assert float(shortfall.max()) <= 2 * error * float(exact.abs().max())
