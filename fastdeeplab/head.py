@@ -96,7 +96,8 @@ class ASPP(nn.Module):
         branches = kernels.aspp_branches(x, weights, scale, torch.cat(shifts), rates=rates, impl=self.kernel)
         pool, conv, norm, _ = pooling
         pooled = fusion.conv_bn_relu(conv, norm, pool(x), affine, kernel="torch")  # a pixel per image
-        conv, norm, *_ = list[Any](self.project)
+        projection: Any = self.project
+        conv, norm = projection[0], projection[1]
         return kernels.aspp_projection(branches, pooled, conv.weight, *affine[norm], impl=self.kernel)
 
 
@@ -123,7 +124,8 @@ class DeepLabHead(nn.Sequential):
         self.kernel = kernel
 
     def forward(self, x: Tensor, affine: Affine | None = None) -> Tensor:
-        aspp, conv, norm, relu, classifier = list[Any](self)
+        layers: list[Any] = list(self)
+        aspp, conv, norm, relu, classifier = layers
         if affine is None:
             return classifier(relu(norm(conv(aspp(x)))))
         x = fusion.conv_bn_relu(conv, norm, aspp(x, affine), affine, kernel=self.kernel)

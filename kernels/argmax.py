@@ -239,5 +239,6 @@ def upsample_argmax(
             # The last program goes on for up to BLOCK strips past the last cell.
             WIDE=2 * max((h + BLOCK + 1) * (H + 1), (w + 1) * (W + 1)) >= 2**31,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
     return out

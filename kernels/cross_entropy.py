@@ -168,7 +168,7 @@ def cross_entropy_forward(
                 logits, target, None if weight is None else weight.contiguous(), softmax, sums,
                 *logits.shape[1:], *target.shape[1:],
                 ignore_index=ignore_index, label_smoothing=label_smoothing, SMOOTH=label_smoothing > 0,
-                **tiles, maxnreg=REGISTERS,
+                **tiles, maxnreg=REGISTERS, enable_fp_fusion=True,  # exactness is counted with fused multiply-adds
             )  # fmt: skip
     loss, total_weight = (partial.sum(dtype=torch.float64).float() for partial in sums)
     return loss, total_weight, softmax

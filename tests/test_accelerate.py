@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import assert_same_masks
-from fastdeeplab.accelerate import _fold
-from fastdeeplab.fusion import FoldedBatchNorm
 from fastdeeplab.kernels.measure import relative_error
 from networks import randomise_batch_norm, small_model, torchvision_model
 from torch import Tensor, nn
 
 import fastdeeplab as fdl
 from fastdeeplab import kernels
+from fastdeeplab.accelerate import _fold
+from fastdeeplab.fusion import FoldedBatchNorm
 
 FLAGS = ("conv_bn_relu", "aspp", "upsample_argmax", "upsample_cross_entropy")
 
@@ -342,7 +342,7 @@ def test_what_is_not_known_is_named(change: Callable[[fdl.ResNetModel], None], m
 
 def test_other_arguments() -> None:
     model = trained()
-    with pytest.raises(ValueError, match="it has no backbone.conv1"):
+    with pytest.raises(ValueError, match=r"it has no backbone\.conv1"):
         fdl.accelerate(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="model must be"):
         fdl.accelerate("model.pth")  # type: ignore[arg-type]
@@ -381,3 +381,50 @@ def test_pictures_through_an_accelerated_model() -> None:
     model, picture = trained(), torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8).numpy()
     masks = [Segmenter(each)(picture) for each in (model, fdl.accelerate(model))]
     assert (masks[0] == masks[1]).mean() > 0.999
+
+
+def test_it_compiles_into_one_graph(device: torch.device) -> None:
+    fast, images = fdl.accelerate(trained().to(device)), torch.randn(1, 3, 33, 40, device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    predict = torch.compile(fast.predict, fullgraph=True, backend="aot_eager")
+    for each in (images, torch.randn(2, 3, 17, 25, device=device)):
+        assert relative_error(compiled(each)["out"], fast(each)["out"]) < 1e-5
+        assert torch.equal(predict(each, dtype=torch.uint8), fast.predict(each, dtype=torch.uint8))
+
+
+def test_the_model_on_its_live_parameters_compiles_into_one_graph() -> None:
+    model, images = trained(), torch.randn(1, 3, 33, 40)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert relative_error(compiled(images)["out"], model(images)["out"]) < 1e-5
+        model.backbone.layer1[0].bn2.weight.data.mul_(3)
+        assert relative_error(compiled(images)["out"], model(images)["out"]) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inductor_on_a_gpu(dtype: torch.dtype, device: torch.device) -> None:
+    fast, images = fdl.accelerate(trained().to(device), dtype=dtype), torch.randn(2, 3, 65, 97, device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True)
+    assert relative_error(compiled(images)["out"], fast(images)["out"]) < 4 * torch.finfo(dtype).eps
+
+
+def test_it_exports_for_any_size(tmp_path: Path) -> None:
+    fast, images = fdl.accelerate(trained()), torch.randn(2, 3, 33, 40)
+    batch, height, width = (
+        torch.export.Dim("batch"),
+        torch.export.Dim("height", min=9),
+        torch.export.Dim("width", min=9),
+    )
+    program = torch.export.export(fast, (images,), dynamic_shapes=({0: batch, 2: height, 3: width},))
+    torch.export.save(program, tmp_path / "fast.pt2")
+    loaded = torch.export.load(tmp_path / "fast.pt2").module()
+    for shape in ((2, 3, 33, 40), (3, 3, 57, 34)):
+        images = torch.randn(shape)
+        assert relative_error(loaded(images)["out"], fast(images)["out"]) < 1e-5
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    operators = {str(node.target) for graph in graphs for node in graph.nodes}
+    assert {f"fastdeeplab.{name}.default" for name in ("conv_bn_relu", "aspp_branches", "aspp_projection")} <= operators
