@@ -35,18 +35,19 @@ class Row:
     shape: str
     layout: str
     dtype: str
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
+    p20_ms: float | None
+    p50_ms: float | None
+    p80_ms: float | None
     traffic_bytes: int | None  # what the operation must read and write, the same for every implementation
     gb_per_s: float | None  # that traffic by the median time
     flop: int | None  # of the whole convolution, multiplications of padding included
     tflop_per_s: float | None  # above what the GPU can do where padding is left out
     floor_ms: float | None  # roofline.py, where it knows the GPU; nothing is multiplied with padding
     share_of_floor: float | None  # floor by median time: 1 is the floor itself
-    peak_memory_bytes: int
-    error_fp64: float  # as the benchmark defines it
+    peak_memory_bytes: int | None
+    error_fp64: float | None  # as the benchmark defines it
     tile: str  # the kernel's tile choice, where the benchmark sets one
+    reason: str  # why nothing was measured
 
 
 COLUMNS = [field.name for field in dataclasses.fields(Row)]
@@ -86,15 +87,18 @@ def make_row(
     shape: str,
     layout: str,
     dtype: str,
-    measurement: Measurement,
+    measurement: Measurement | None,
     work: Work | None = None,
     flop: int | None = None,
+    floor_ms: float | None = None,
     tile: str = "",
+    reason: str = "",
 ) -> Row:
-    seconds = measurement.p50 / 1000
+    """``floor_ms`` is for what is no single pass, and takes the place of the floor of ``work``."""
+    found = measurement
     name = device_name(device)
     gpu = known_gpu(name)
-    floor = work.floor(gpu) if work and gpu else None
+    floor = work.floor(gpu) if work and gpu else floor_ms
     return Row(
         commit=commit(),
         device=name,
@@ -106,18 +110,19 @@ def make_row(
         shape=shape,
         layout=layout,
         dtype=dtype,
-        p20_ms=measurement.p20,
-        p50_ms=measurement.p50,
-        p80_ms=measurement.p80,
+        p20_ms=found.p20 if found else None,
+        p50_ms=found.p50 if found else None,
+        p80_ms=found.p80 if found else None,
         traffic_bytes=work.bytes if work else None,
-        gb_per_s=work.bytes / seconds / 1e9 if work else None,
+        gb_per_s=work.bytes / found.p50 / 1e6 if work and found else None,
         flop=flop,
-        tflop_per_s=flop / seconds / 1e12 if flop else None,
+        tflop_per_s=flop / found.p50 / 1e9 if flop and found else None,
         floor_ms=floor,
-        share_of_floor=floor / measurement.p50 if floor else None,
-        peak_memory_bytes=measurement.peak_memory,
-        error_fp64=measurement.error,
+        share_of_floor=floor / found.p50 if floor and found else None,
+        peak_memory_bytes=found.peak_memory if found else None,
+        error_fp64=found.error if found else None,
         tile=tile,
+        reason=reason,
     )
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 Row = dict[str, str]
 
-BASELINES = ("eager-fp32", "eager")  # of the upsampling kernels, of the convolutions
+# Of the upsampling kernels, of the convolutions, of the networks: one of them in each case.
+BASELINES = ("eager-fp32", "eager", "torchvision-fp32", "layers-fp32")
 RUN = ("commit", "driver", "torch", "triton")
 CASE = ("kernel", "shape", "dtype", "layout")
 
@@ -43,19 +44,21 @@ def newest_run(rows: list[Row], device: str | None = None) -> list[Row]:
 
 
 def cases(rows: list[Row]) -> Iterator[tuple[Row, list[Row]]]:
-    """Each case's baseline with all implementations of it; a case without a baseline has nothing to compare with."""
+    """Each case's baseline with all implementations that were measured; without a baseline there is no comparison."""
 
     def case(row: Row) -> list[str]:
         return [row[name] for name in CASE]
 
-    for _, group in groupby(sorted(rows, key=case), key=case):
+    measured = (row for row in rows if row["p50_ms"])
+    for _, group in groupby(sorted(measured, key=case), key=case):
         found = list(group)
         for baseline in (row for row in found if row["implementation"] in BASELINES):
             yield baseline, found
 
 
 def ratio(row: Row, baseline: Row, column: str) -> float:
-    return float(row[column]) / float(baseline[column]) if float(baseline[column]) else float("nan")
+    """NaN where it is not known."""
+    return float(row[column] or "nan") / float(baseline[column] or "nan") if baseline[column] != "0" else float("nan")
 
 
 def heading(row: Row) -> str:
@@ -78,16 +81,25 @@ def tables(rows: list[Row]) -> str:
         for row in group:
             named = row["tile"] in row["implementation"]
             implementation = row["implementation"] if named else f"{row['implementation']} ({row['tile']})"
-            cells = [row["shape"], f"{row['dtype']} {row['layout']}", implementation]
+            cells = [row["shape"], f"{row['dtype']} {row['layout']}".strip(), implementation]
             if on_gpu:
                 times = (f"{float(row[name]):.4f}" for name in ("p50_ms", "p20_ms", "p80_ms"))
-                cells += ["{} ({} to {})".format(*times), f"{float(row['gb_per_s'] or 'nan'):.0f}"]
-                cells += [f"{float(row['tflop_per_s']):.0f}" if row["tflop_per_s"] else ""]
-                cells += [f"{float(row['share_of_floor']):.2f}" if row["share_of_floor"] else ""]
-            cells += [f"{ratio(row, baseline, 'p50_ms'):.3f}", f"{int(row['peak_memory_bytes']) / 1e6:.1f}"]
-            cells += [f"{ratio(row, baseline, 'peak_memory_bytes'):.3f}", f"{float(row['error_fp64']):.1e}"]
+                cells += ["{} ({} to {})".format(*times), number(row["gb_per_s"], ".0f")]
+                cells += [number(row["tflop_per_s"], ".0f"), number(row["share_of_floor"], ".2f")]
+            memory = row["peak_memory_bytes"]
+            cells += [f"{ratio(row, baseline, 'p50_ms'):.3f}", f"{int(memory) / 1e6:.1f}" if memory else ""]
+            cells += [f"{ratio(row, baseline, 'peak_memory_bytes'):.3f}" if memory else ""]
+            cells += [number(row["error_fp64"], ".1e")]
             lines.append(f"| {' | '.join(cells)} |")
+    failed = [row for row in rows if row["reason"]]
+    lines += ["", "Not measured:", ""] if failed else []
+    lines += ["- {kernel} {shape} {dtype}, {implementation}: {reason}".format(**row) for row in failed]
     return "\n".join(lines)
+
+
+def number(text: str, how: str) -> str:
+    """A cell, empty as in the file."""
+    return f"{float(text):{how}}" if text else ""
 
 
 def draw_figures(rows: list[Row], folder: Path) -> list[Path]:
@@ -121,7 +133,7 @@ def draw_figures(rows: list[Row], folder: Path) -> list[Path]:
         axes.set_xlabel(f"median time / {groups[0][0]['implementation']}")
         axes.set_title(f"{kernel}\n{heading(groups[0][0])}", fontsize="medium")
         axes.legend(fontsize="small")
-        paths.append(folder / f"{kernel}.png")
+        paths.append(folder / f"{kernel.replace(' ', '-')}.png")
         figure.savefig(paths[-1], dpi=120)
     return paths
 

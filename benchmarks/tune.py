@@ -5,7 +5,7 @@ the repository's root. A line per layer is shown, and the table is written after
 ``--missing`` goes on with it. The rows of other GPUs and layers stay. Without kernels the library is measured alone,
 and nothing is written.
 
-The table is read by ``fastdeeplab.kernels.candidates``.
+The table is read by ``fastdeeplab.kernels.decisions``.
 """
 
 import argparse
@@ -21,8 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # for ``python -m``: the benchmarks import each other by name
 
 from cases import DEVICE, ConvCase, convolutions
-from fastdeeplab.kernels.candidates import Gpu, Measurement
+from fastdeeplab.kernels.candidates import Gpu
 from fastdeeplab.kernels.choice import interpreting
+from fastdeeplab.kernels.decisions import Measurement
 from fastdeeplab.kernels.tuning import Times, fastest, tile_name, tune
 from harness import ROOT, commit, triton_version
 

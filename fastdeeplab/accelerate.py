@@ -5,7 +5,8 @@ adds a shift. The scale goes into the convolution's weight, in fp64 and rounded 
 added to the kernels' fp32 accumulators.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -14,8 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdeeplab.backbone import LAYERS
 from fastdeeplab.fusion import Affine, FoldedBatchNorm
+from fastdeeplab.graphs import Graphs, Recorder, check_device, check_lazy, check_shapes
 from fastdeeplab.kernels.choice import DTYPES
 from fastdeeplab.model import Kernels, ResNetModel, upsample_logits
+from fastdeeplab.tuner import Tuned, shown_progress, tune_network
 
 CLASSES_MULTIPLE = 8  # of channels that the classifier computes, so that pixels start at multiples of 16 bytes
 FP16_SAFE = (2.0**-10, 2.0**14)  # the largest weight of a channel, far enough from fp16's limits
@@ -72,6 +75,8 @@ class AcceleratedModel(ResNetModel):
     shifts too: ``accelerate(model, dtype=...)`` is more accurate. ``train()`` raises.
     """
 
+    _graphs: Graphs | None = None  # none in a copy either, nor after unpickling
+
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
         self.eval()
@@ -86,7 +91,11 @@ class AcceleratedModel(ResNetModel):
         if images.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("an accelerated model has no gradients: take the model it was made from")
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            logits = self._compute_logits(images.to(self.backbone.conv1.weight.dtype))
+            # Compiled code takes no locks.
+            graphs = None if torch.compiler.is_compiling() else self._graphs
+            logits = None if graphs is None else graphs.replay(self._compute_logits, images)
+            if logits is None:
+                logits = self._compute_logits(images.to(self.backbone.conv1.weight.dtype))
             if upsample:  # contiguous before it, where they are small
                 logits = upsample_logits(logits.contiguous(), images.shape[-2:])
         return {"out": logits}
@@ -96,6 +105,60 @@ class AcceleratedModel(ResNetModel):
         _, c5 = self.backbone(images, affine)
         logits: Tensor = self.classifier(c5, affine)
         return logits[:, : self.config["num_classes"]]
+
+    def capture(self, shapes: Sequence[Sequence[int]], *, lazy: int = 0) -> None:
+        """Capture runs on images of these shapes as CUDA graphs, which replay all kernels by one launch.
+
+        From then on ``forward`` and ``predict`` replay them, with the same results, for images of these shapes and any
+        floating-point dtype; other shapes run as before. It pays where the GPU waits for launches: small images, small
+        batches. Each graph holds its input and its low-resolution logits; they share the memory of what lies between,
+        best where the largest shape comes first, as it does within a call. Calling it again adds shapes.
+
+        Replays may come from any thread and any CUDA stream, and wait for one another. While it captures, no other
+        thread should use the GPU.
+
+        A graph keeps what was decided at its capture: kernels and tiles, PyTorch's settings (TF32, determinism, cuDNN),
+        hooks, which must not wait for the GPU and which replays don't call. It reads the weights where they lie:
+        writing into them, as ``load_state_dict`` does, is seen. ``.to()`` and its like, ``tune``, and
+        ``load_state_dict(assign=True)`` drop all graphs and what is left of ``lazy``. Call ``drop_captures`` before
+        replacing parts or parameters by hand. Copies and pickles have no graphs. Compiled, exported and traced code
+        and runs that the caller captures pass them by.
+
+        Args:
+            shapes: (B, C, H, W) each, as ``images.shape``.
+            lazy: how many more shapes are captured when they are first seen, on top of those left from earlier calls;
+                shapes beyond them run as before. The first run on such a shape takes as long as several, and must not
+                coincide with other threads' use of the GPU. Without memory for a capture there are no more, with a
+                warning.
+
+        Raises:
+            ValueError: a shape does not fit the model or is empty, or ``lazy`` is no integer from 0 up.
+            RuntimeError: the model is not on a CUDA device, or the caller is capturing a graph.
+        """
+        checked = check_shapes(shapes, self.config["in_channels"])
+        check_lazy(lazy)
+        weight = self.backbone.conv1.weight
+        check_device(weight.device)
+        if self._graphs is None:
+            self._graphs = Graphs(weight.device, Recorder(weight.device, weight.dtype))
+        self._graphs.capture(self._compute_logits, checked, lazy)
+
+    def drop_captures(self) -> None:
+        """Forget the CUDA graphs and free their memory; ``lazy`` ends, too."""
+        self._graphs = None
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``ResNetModel.load_state_dict``."""
+        if assign:
+            self.drop_captures()
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.drop_captures()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_graphs"}
 
     def train(self, mode: bool = True) -> "AcceleratedModel":
         """Stay in eval mode.
@@ -107,6 +170,17 @@ class AcceleratedModel(ResNetModel):
             raise RuntimeError("an accelerated model is frozen: train the model it was made from, and accelerate that")
         super().train(False)
         return self
+
+    def tune(self, images: Tensor, *, seconds: float = 60.0, again: bool = False, progress: bool = False) -> Tuned:
+        """Measure, once per GPU and shape, what is the fastest for each layer of a run on ``images``, and keep it.
+
+        From then on each layer runs the kernel or the form of PyTorch's that was the fastest. Captured graphs, which
+        hold what was decided before, are dropped. ``progress`` shows a bar on stderr; the rest is said of
+        ``fastdeeplab.tuner.tune_network``, errors too.
+        """
+        self.drop_captures()
+        with shown_progress() if progress else nullcontext() as show:
+            return tune_network(self, images, seconds=seconds, again=again, progress=show)
 
     def save(self, path: object) -> NoReturn:
         """Raise: a checkpoint holds a model that can be trained.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import checks, library, ops
-from .candidates import recording
 from .choice import Choice, choose, why_not_kernel_size
+from .decisions import recording
 
 FUNCTIONS = (  # those that have a Triton kernel
     "conv_bn_relu",

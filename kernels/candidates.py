@@ -1,20 +1,14 @@
-"""Which tile choices and library forms may serve a layer, and which one does.
+"""Which tile choices may serve a layer, and which of them a small model of the GPU predicts to be the fastest.
 
-What was measured decides: on this very GPU by ``remember``, else the shipped table ``tuned.json``. Where nothing was
-measured a rule decides between kernel and library, and a small model of the GPU chooses the kernel's tile. Such a
-decision is called a prediction wherever it is shown.
+What runs, and why, is decided in ``decisions``.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -300,129 +294,3 @@ def predict_tile(layer: Layer, gpu: Gpu, tiles: tuple[Tile, ...]) -> Tile:
     fewest = min(map(layer.executed, tiles))
     sparing = [tile for tile in tiles if layer.executed(tile) <= 1.125 * fewest]
     return min((tile._replace(splits=splits) for tile, splits in product(sparing, SPLITS)), key=cost)
-
-
-class Decision(NamedTuple):
-    impl: str  # "triton", "torch", or "nothing" if what was asked for can't run
-    tile: Tile | None  # of the kernel
-    form: str  # of the library
-    why: str
-
-
-_recorded: ContextVar[list[tuple[Layer, Decision]] | None] = ContextVar("_recorded", default=None)
-
-
-@contextmanager
-def recording() -> Iterator[list[tuple[Layer, Decision]]]:
-    """The layers that run inside, in eager mode, with what was decided for each."""
-    found: list[tuple[Layer, Decision]] = []
-    token = _recorded.set(found)
-    try:
-        yield found
-    finally:
-        _recorded.reset(token)
-
-
-def record(layer: Layer, decision: Decision) -> None:
-    if (found := _recorded.get()) is not None:
-        found.append((layer, decision))
-
-
-class Measurement(NamedTuple):
-    """The fastest tile choice and the fastest library form of a layer on a GPU, in microseconds."""
-
-    gpu: str
-    capability: tuple[int, int]
-    torch: str  # versions
-    triton: str
-    layer: Layer
-    tile: Tile
-    tile_us: float
-    form: str
-    form_us: float
-    commit: str = ""  # of this project, in the shipped table
-
-    def to_json(self) -> dict[str, Any]:
-        layer = vars(self.layer) | {"dtype": str(self.layer.dtype).removeprefix("torch.")}
-        return self._asdict() | {"layer": layer, "tile": self.tile._asdict()}
-
-    @staticmethod
-    def from_json(row: dict[str, Any]) -> "Measurement":
-        layer = row["layer"]
-        tuples = {name: tuple(layer[name]) for name in ("kernel", "dilations")}
-        parts = {
-            "capability": tuple(row["capability"]),
-            "layer": Layer(**layer | tuples | {"dtype": getattr(torch, layer["dtype"])}),
-            "tile": Tile(**row["tile"]),
-        }
-        return Measurement(**row | parts)
-
-
-_remembered: dict[tuple[str, Layer], Measurement] = {}
-
-
-def remember(measurement: Measurement) -> None:
-    """Let a measurement made on this machine decide from now on."""
-    _remembered[measurement.gpu, measurement.layer] = measurement
-    decide.cache_clear()
-
-
-@lru_cache
-def shipped() -> tuple[Measurement, ...]:
-    rows = json.loads(Path(__file__).with_name("tuned.json").read_text())["measurements"]
-    return tuple(map(Measurement.from_json, rows))
-
-
-def _measured(layer: Layer, gpu: Gpu) -> Measurement | None:
-    """Of this very layer on this GPU; else of the most similar number of pixels; else of another GPU of its kind."""
-    if (gpu.name, layer) in _remembered:
-        return _remembered[gpu.name, layer]
-
-    def apart(row: Measurement) -> tuple[bool, bool, int]:
-        powers_of_two = abs(row.layer.pixels.bit_length() - layer.pixels.bit_length())
-        return row.gpu != gpu.name, row.layer != layer, powers_of_two
-
-    similar = [
-        row
-        for row in shipped()
-        if row.capability == gpu.capability
-        and replace(row.layer, N=layer.N, H=layer.H, W=layer.W) == layer
-        and row.tile._replace(splits=1) in tiles_for(layer, gpu.capability)
-    ]
-    return min(similar, key=apart, default=None)
-
-
-@lru_cache(maxsize=4096)
-def decide(layer: Layer, impl: str, device: torch.device) -> Decision:
-    """Decide what runs a layer that is not empty when ``impl`` is asked for, on a device where kernels run."""
-    gpu = Gpu.of(device)
-    tiles = tiles_for(layer, gpu.capability)
-    if not tiles:
-        why = "no tile choice serves the layer"
-        return Decision("nothing" if impl == "triton" else "torch", None, DEFAULT_FORM, why)
-    row = _measured(layer, gpu)
-    if row is None:
-        # The descriptor kernels are chosen by measurement only.
-        tile = predict_tile(layer, gpu, tuple(tile for tile in tiles if tile.kernel == "pointer"))
-        form, (auto, why) = DEFAULT_FORM, _predict(layer)
-    else:
-        exact = row.layer == layer
-        tile = row.tile if exact else predict_tile(layer, gpu, (row.tile._replace(splits=1),))
-        form, auto = row.form, "triton" if row.tile_us < row.form_us else "torch"
-        why = f"measured on {row.gpu}" if exact else f"measured on {row.gpu} at another size"
-    return Decision(auto, tile, form, why) if impl == "auto" else Decision(impl, tile, form, "as asked for")
-
-
-def _predict(layer: Layer) -> tuple[str, str]:
-    """The kernel where it saves a whole pass over the activations or a quarter of the multiplications."""
-    if layer.dtype == torch.float32 and layer.precision == "ieee":
-        return "torch", "predicted: without tensor cores the multiplications take all the time"
-    if not layer.aligned:
-        return "torch", "predicted: rows that begin between multiples of 16 bytes are read value by value"
-    if layer.function == "aspp_projection":
-        return "triton", "predicted: no concatenation and no upsampled pooling map are written"
-    if layer.residual:
-        return "triton", "predicted: the residual takes no pass of its own over the activations"
-    if layer.live_share < 0.75:
-        return "triton", f"predicted: {1 - layer.live_share:.0%} of the multiplications read padding and are left out"
-    return "torch", "predicted: the kernel would save neither a pass over the activations nor a quarter of the work"

@@ -27,7 +27,7 @@ class Choice(NamedTuple):
 def choose(function: str, impl: str, device: torch.device, dtype: torch.dtype, obstacle: str | None = None) -> Choice:
     """Choose how ``function`` runs on tensors of this device and dtype when ``impl`` is asked for.
 
-    ``obstacle`` is one that the arguments' shapes make. Where a layer's shape decides, ``candidates.decide`` does it
+    ``obstacle`` is one that the arguments' shapes make. Where a layer's shape decides, ``decisions.decide`` does it
     when the operator runs. Compiled code keeps the choice that was made here while it was traced.
     """
     if kernels_are_off():

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from . import library
-from .candidates import DEFAULT_FORM, Decision, Layer, Tile, decide, record
+from .candidates import DEFAULT_FORM, Layer, Tile
 from .checks import output_shape, pixel_pitch
 from .choice import convolution_precision, interpreting, why_not
+from .decisions import Decision, decide, record
 
 _library = torch.library.Library("fastdeeplab", "DEF")
 

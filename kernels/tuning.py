@@ -6,19 +6,21 @@ takes infinitely long: it is never the fastest.
 
 import importlib
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import metadata
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import library
-from .candidates import DEFAULT_FORM, MIN_STEPS, SPLITS, Gpu, Layer, Measurement, Tile, tiles_for
+from .candidates import DEFAULT_FORM, MIN_STEPS, SPLITS, Gpu, Layer, Tile, tiles_for
 from .checks import output_size
 from .choice import convolution_precision, why_not
+from .decisions import Measurement, versions
 from .measure import Call, largest_error, measure
 
 Convolution = Callable[..., Tensor]  # of what random_inputs gives
@@ -68,17 +70,35 @@ def tune(
         )
 
 
+def compile_choices(layer: Layer, device: torch.device) -> None:
+    """Run every tile choice of a layer once, in as many threads as there are cores, so that ``tune`` finds it compiled.
+
+    What fails is left for ``tune`` to report. The interpreter compiles nothing.
+    """
+    if device.type != "cuda":
+        return
+    inputs = random_inputs(layer, device)
+
+    def run(tile: Tile) -> None:
+        with suppress(Exception):
+            kernel_call(layer, tile)(*inputs)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, tile_choices(layer, device)))  # interrupted, it cancels what has not begun
+    torch.cuda.synchronize(device)
+
+
 def fastest(layer: Layer, device: torch.device, times: Times) -> Measurement | None:
     """The fastest tile choice and library form; None if no tile choice was tried, or nothing was right."""
     if not times.tiles or min(*times.tiles.values(), *times.forms.values()) == math.inf:
         return None
-    gpu = Gpu.of(device)
+    gpu, (torch_version, triton_version) = Gpu.of(device), versions()
     tile, form = _first_smallest(times.tiles), _first_smallest(times.forms)
     return Measurement(
         gpu=gpu.name,
         capability=gpu.capability,
-        torch=str(torch.__version__),
-        triton=metadata.version("triton"),
+        torch=torch_version,
+        triton=triton_version,
         layer=layer,
         tile=tile,
         tile_us=times.tiles[tile],

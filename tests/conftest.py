@@ -1,9 +1,10 @@
-"""What every test needs: a device for kernels, torchvision importable (before any test imports it plainly), one seed.
+"""What every test needs: a device for kernels, torchvision importable (before any imports it plainly), seed, cache.
 
 Without a GPU Triton's interpreter runs the kernels, on CPU tensors: a kernel's test has the same body on either.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,13 @@ from import_torchvision import torchvision as torchvision
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """PyTorch's cache directory, for measurements and checkpoints: the user's own is never written or read."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch"
 
 
 @pytest.fixture

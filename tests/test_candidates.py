@@ -1,21 +1,16 @@
-"""What may serve a layer and what does: shares of live taps, tiles by architecture, the order of deciding."""
+"""What may serve a layer: shares of live taps, tiles by architecture, the predicted one."""
 
-import json
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fastdeeplab.kernels import candidates
-from fastdeeplab.kernels.candidates import Decision, Gpu, Layer, Measurement, Tile, decide, tiles_for
+from fastdeeplab.kernels.candidates import Gpu, Layer, Tile, tiles_for
+from layers import DENSE, EXPAND, H200, aspp, conv
 
-DEVICE = torch.device("cuda", 0)
-H200 = Gpu("NVIDIA H200", (9, 0), 132)
 GPUS = [
     H200,
     Gpu("NVIDIA A100", (8, 0), 108),
@@ -35,39 +30,9 @@ MAPS = {
 SIZES = [(1, 1, 1), (5, 7, 1), (9, 4, 2), (6, 6, 3), (7, 8, 4), (5, 11, 6), (4, 4, 9), (65, 65, 36), (33, 20, 18)]
 
 
-def conv(N: int, C: int, size: tuple[int, int], C_out: int, kernel: int, **options: object) -> Layer:
-    options = {"dtype": torch.bfloat16, **options}
-    return Layer.of("conv_bn_relu", (N, C, *size), (C_out, C, kernel, kernel), **options)  # type: ignore[arg-type]
-
-
-def aspp(N: int, size: tuple[int, int], rates: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Layer:
-    return Layer.of("aspp_branches", (N, 2048, *size), (256, 2048, 3, 3), dtype, dilations=rates)
-
-
 def predicted(layer: Layer, gpu: Gpu) -> Tile:
     pointer = [tile for tile in candidates.tiles_for(layer, gpu.capability) if tile.kernel == "pointer"]
     return candidates.predict_tile(layer, gpu, tuple(pointer))
-
-
-EXPAND = conv(8, 256, (65, 65), 1024, 1, residual=True)
-DENSE = conv(8, 256, (65, 65), 256, 3, padding=2, dilations=(2,))
-
-
-@pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Measurement]]:
-    """A shipped table to fill, on a machine with an H200 that has measured nothing itself."""
-    rows: list[Measurement] = []
-    monkeypatch.setattr(candidates, "shipped", lambda: tuple(rows))
-    monkeypatch.setattr(candidates, "_remembered", {})
-    monkeypatch.setattr(Gpu, "of", lambda device: H200)
-    decide.cache_clear()
-    yield rows
-    decide.cache_clear()
-
-
-def measured(layer: Layer, gpu: str = H200.name, *, tile_us: float = 1.0, block_n: int = 64) -> Measurement:
-    tile = Tile("pointer", 64, block_n, 64, num_warps=4, num_stages=4 if block_n == 64 else 3)
-    return Measurement(gpu, (9, 0), "2.13.0", "3.7.1", layer, tile, tile_us, "cudnn_relu", 2.0)
 
 
 def live_taps(H: int, W: int, dilation: int) -> torch.Tensor:
@@ -207,81 +172,6 @@ def test_thin_rectangles_are_not_cut_out() -> None:
     assert predicted(conv(8, 512, (65, 65), 512, 3, padding=24, dilations=(24,)), H200).skip
 
 
-@pytest.mark.usefixtures("table")
-@pytest.mark.parametrize(
-    ("layer", "impl", "reason"),
-    [
-        (EXPAND, "triton", "the residual takes no pass of its own"),
-        (DENSE, "torch", "neither a pass over the activations nor a quarter of the work"),
-        (conv(8, 256, (65, 65), 64, 1), "torch", "neither a pass"),
-        (
-            conv(8, 512, (65, 65), 512, 3, padding=24, dilations=(24,)),
-            "triton",
-            "% of the multiplications read padding",
-        ),
-        (aspp(8, (65, 65), (12, 24, 36)), "triton", "41% of the multiplications read padding"),
-        (aspp(1, (128, 256), (12, 24, 36)), "torch", "nor a quarter of the work"),
-        (
-            Layer.of("aspp_projection", (8, 1024, 65, 65), (256, 1024, 1, 1), torch.bfloat16),
-            "triton",
-            "no concatenation",
-        ),
-        (conv(8, 3, (512, 512), 64, 7, stride=2, padding=3), "torch", "no tile choice serves"),
-    ],
-)
-def test_unmeasured_the_rule_decides(layer: Layer, impl: str, reason: str) -> None:
-    decision = decide(layer, "auto", DEVICE)
-    assert decision.impl == impl
-    assert decision.form == "conv_pointwise"
-    assert reason in decision.why
-    assert decision.tile is None or decision.why.startswith("predicted: ")
-    assert decision.tile is None or decision.tile.kernel == "pointer"
-
-
-def test_what_was_asked_for_is_done_with_the_best_choice_known(table: list[Measurement]) -> None:
-    table.append(measured(DENSE))
-    for impl in ("triton", "torch"):
-        assert decide(DENSE, impl, DEVICE) == Decision(impl, table[0].tile, "cudnn_relu", "as asked for")
-    stem = conv(8, 3, (512, 512), 64, 7, stride=2, padding=3)
-    assert decide(stem, "triton", DEVICE).impl == "nothing"
-    assert decide(stem, "torch", DEVICE).impl == "torch"
-
-
-@pytest.mark.parametrize(("tile_us", "impl"), [(1.0, "triton"), (3.0, "torch")])
-def test_the_faster_one_runs(tile_us: float, impl: str, table: list[Measurement]) -> None:
-    """Though the prediction would have been the other one, for one of the two."""
-    table.append(measured(DENSE, tile_us=tile_us))
-    assert decide(DENSE, "auto", DEVICE) == Decision(impl, table[0].tile, "cudnn_relu", "measured on NVIDIA H200")
-
-
-def test_the_nearest_measurement_decides(table: list[Measurement]) -> None:
-    """This layer on this GPU; else the most similar number of pixels; else another GPU of the architecture."""
-    other_layer = Layer(**vars(DENSE) | {"relu": False})
-    table.append(measured(DENSE)._replace(gpu="NVIDIA A100", capability=(8, 0)))
-    table += [measured(other_layer), measured(DENSE, "NVIDIA H100", block_n=128)]
-    assert decide(DENSE, "auto", DEVICE).why == "measured on NVIDIA H100"
-
-    decide.cache_clear()
-    far, near = (Layer(**vars(DENSE) | {"N": N}) for N in (64, 4))
-    table += [measured(far, tile_us=3.0), measured(near)]
-    decision = decide(DENSE, "auto", DEVICE)
-    assert decision.impl == "triton"
-    assert decision.tile is not None
-    assert decision.tile._replace(splits=1) == table[-1].tile
-    assert decision.why == "measured on NVIDIA H200 at another size"
-
-    decide.cache_clear()
-    table.append(measured(DENSE, tile_us=3.0))
-    assert decide(DENSE, "auto", DEVICE).impl == "torch"
-
-    candidates.remember(measured(DENSE, tile_us=0.5, block_n=128))
-    decision = decide(DENSE, "auto", DEVICE)
-    assert decision.impl == "triton"
-    assert decision.tile is not None
-    assert decision.tile.block_n == 128
-    assert decision.why == "measured on NVIDIA H200"
-
-
 @pytest.mark.parametrize("rates", [(1, 2, 3), (2, 4, 6), (1, 12, 24)], ids=str)
 @pytest.mark.parametrize("size", [(17, 17), (33, 33), (9, 40)], ids=str)
 def test_aspp_executes_no_more_than_masked_rectangles(size: tuple[int, int], rates: tuple[int, ...]) -> None:
@@ -291,40 +181,6 @@ def test_aspp_executes_no_more_than_masked_rectangles(size: tuple[int, int], rat
     assert layer.executed(tile) <= tile.block_m * runs * (1 + 9 * len(rates))
 
 
-def test_splits_are_those_of_the_size_at_hand(table: list[Measurement]) -> None:
-    small = conv(1, 2048, (33, 33), 256, 1)
-    row = measured(small)
-    table.append(row._replace(tile=row.tile._replace(splits=8)))
-    decision = decide(conv(16, 2048, (65, 65), 256, 1), "auto", DEVICE)
-    assert decision.tile == row.tile
-    assert decide(small, "auto", DEVICE).tile == table[0].tile
-
-
-def test_a_measured_tile_that_is_not_listed_any_more_is_passed_over(table: list[Measurement]) -> None:
-    table.append(measured(DENSE)._replace(tile=Tile("pointer", 512, 512, 64, 8, 3)))
-    assert decide(DENSE, "auto", DEVICE).why.startswith("predicted: ")
-
-
-def test_measurements_are_written_and_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [measured(EXPAND), measured(aspp(1, (33, 33), (6, 12, 18), torch.float32), "NVIDIA H100", block_n=128)]
-    text = json.dumps({"measurements": [row.to_json() for row in rows]})
-    monkeypatch.setattr(Path, "read_text", lambda path: text)
-    candidates.shipped.cache_clear()
-    try:
-        assert list(candidates.shipped()) == rows
-    finally:
-        candidates.shipped.cache_clear()
-
-
-def test_the_shipped_table_can_be_read() -> None:
-    candidates.shipped.cache_clear()
-    path = Path(candidates.__file__).with_name("tuned.json")
-    assert {"measurements": [row.to_json() for row in candidates.shipped()]} == json.loads(path.read_text())
-
-
-def test_full_fp32_has_tiles_of_its_own_and_is_the_librarys_unmeasured() -> None:
+def test_full_fp32_has_tiles_of_its_own() -> None:
     layer = Layer.of("aspp_projection", (8, 1024, 65, 65), (256, 1024, 1, 1), torch.float32, precision="ieee")
     assert tiles_for(layer, (9, 0)) == (candidates.IEEE_TILES[0][1],)
-    assert decide(layer, "auto", torch.device("cpu")).impl == "torch"
-    assert decide(layer, "triton", torch.device("cpu")).tile == candidates.IEEE_TILES[0][1]
-    assert decide(replace(layer, precision="tf32"), "auto", torch.device("cpu")).impl == "triton"

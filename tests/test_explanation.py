@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from fastdeeplab.kernels import candidates, library, ops
+from fastdeeplab.kernels import candidates, decisions, library, ops
 from fastdeeplab.kernels.measure import peak_memory
 from networks import small_model
 
@@ -91,9 +91,9 @@ def test_each_layer_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_says_what_was_measured_and_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def decide(layer: candidates.Layer, impl: str, device: torch.device) -> candidates.Decision:
+    def decide(layer: candidates.Layer, impl: str, device: torch.device) -> decisions.Decision:
         why = "measured on NVIDIA H200" if layer.residual else "predicted: for this test"
-        return candidates.Decision("torch", None, candidates.DEFAULT_FORM, why)
+        return decisions.Decision("torch", None, candidates.DEFAULT_FORM, why)
 
     monkeypatch.setattr(ops, "decide", decide)
     monkeypatch.setattr(ops, "_runs_triton", lambda *_: True)  # as on a GPU

@@ -83,6 +83,17 @@ def test_rows_are_in_the_file_at_once_and_across_runs(tmp_path: Path) -> None:
     assert (found[0]["p50_ms"], found[0]["floor_ms"], found[0]["error_fp64"]) == ("2.0", "", "1e-07")
 
 
+def test_what_could_not_be_measured_is_a_row_with_the_reason(tmp_path: Path) -> None:
+    row = make_row(
+        CPU, kernel="predict R50 OS8", implementation="torchvision-compile", shape="8x3x33x33 K=21", layout="",
+        dtype="float32", measurement=None, flop=1000, floor_ms=1.5, reason="OutOfMemoryError: no",
+    )  # fmt: skip
+    Results(tmp_path / "rows.csv").append(row)
+    (found,) = read(tmp_path / "rows.csv")
+    assert [found[name] for name in ("p50_ms", "tflop_per_s", "share_of_floor", "peak_memory_bytes")] == [""] * 4
+    assert (found["floor_ms"], found["reason"]) == ("1.5", "OutOfMemoryError: no")
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("commit,gpu\nabc,H200\n", "has the columns commit,gpu; expected"), (None, "middle of a row")]
 )
@@ -325,8 +336,23 @@ def test_times_of_a_cpu_are_shown_as_ratios_only() -> None:
     assert "12.3456 (1.0000 to 3.0000)" in on_gpu
 
 
+def test_what_was_not_measured_stands_below_the_table() -> None:
+    networks = [
+        as_text(a_row(kernel="predict R50 OS8", implementation=name, peak_memory_bytes=None, **options))
+        for name, options in (
+            ("torchvision-fp32", {"p50_ms": 8.0, "driver": "1.2", "gb_per_s": None, "tflop_per_s": 7.0}),
+            ("fastdeeplab", {"p50_ms": 2.0, "driver": "1.2", "gb_per_s": None, "tflop_per_s": 28.0}),
+            ("torchvision-compile", {"p50_ms": None, "driver": "1.2", "reason": "RuntimeError: no"}),
+        )
+    ]
+    text = plot.tables(networks)
+    assert "time / torchvision-fp32" in text
+    assert "| fastdeeplab | 2.0000 (1.0000 to 3.0000) |  | 28 |  | 0.250 |  |  | 1.0e-07 |" in text
+    assert text.endswith("\n- predict R50 OS8 1x2x3x4->5x6 float32, torchvision-compile: RuntimeError: no")
+
+
 def test_a_figure_per_kernel(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    rows = [as_text(a_row(kernel=k, implementation=i)) for k in ("one", "two") for i in ("eager-fp32", "torch")]
-    assert [path.name for path in plot.draw_figures(rows, tmp_path)] == ["one.png", "two.png"]
+    rows = [as_text(a_row(kernel=k, implementation=i)) for k in ("the one", "two") for i in ("eager-fp32", "torch")]
+    assert [path.name for path in plot.draw_figures(rows, tmp_path)] == ["the-one.png", "two.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())

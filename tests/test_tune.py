@@ -1,6 +1,7 @@
 """What is measured to be fastest is kept, what is wrong or fails is not, and the table on disk is whole at any time."""
 
 import math
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +12,9 @@ import cases
 import pytest
 import torch
 import tune
-from fastdeeplab.kernels import candidates, reference, tuning
-from fastdeeplab.kernels.candidates import Gpu, Layer, Measurement, Tile
+from fastdeeplab.kernels import candidates, decisions, reference, tuning
+from fastdeeplab.kernels.candidates import Gpu, Layer, Tile
+from fastdeeplab.kernels.decisions import Measurement
 from fastdeeplab.kernels.measure import largest_error
 from fastdeeplab.kernels.tuning import Times, fastest, tile_choices, tile_name
 from torch import Tensor
@@ -148,6 +150,34 @@ def test_cudnn_searches_for_its_best_only_meanwhile(fake: FakeCandidates) -> Non
     assert not torch.backends.cudnn.benchmark
 
 
+def test_choices_are_compiled_in_parallel_and_failures_wait(
+    fake: FakeCandidates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is run once, two at a time or not at all; what fails is left to be reported by ``tune``."""
+    both, ran = threading.Barrier(2, timeout=20), []
+
+    def call(layer: Layer, tile: Tile) -> Callable[..., Tensor]:
+        def run(*inputs: Any) -> Tensor:
+            if tile == FAST:
+                raise RuntimeError("out of resource: shared memory")
+            both.wait()
+            ran.append(tile)
+            return fake.right(*inputs)
+
+        return run
+
+    waited = []
+    monkeypatch.setattr(tuning, "kernel_call", call)
+    monkeypatch.setattr(tuning, "random_inputs", lambda layer, _, make=tuning.random_inputs: make(layer, CPU))
+    monkeypatch.setattr(tuning.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    tuning.compile_choices(LAYER, CPU)
+    assert not ran
+    tuning.compile_choices(LAYER, torch.device("cuda", 0))
+    assert set(ran) == {SLOW, FASTEST}
+    assert waited == [torch.device("cuda", 0)]
+
+
 def test_an_error_shows_a_single_wrong_element() -> None:
     y = torch.linspace(-2, 1, 1000).view(2, 5, 10, 10)
     wrong = y.clone()
@@ -269,12 +299,12 @@ def test_the_table_is_what_the_package_reads(tmp_path: Path, monkeypatch: pytest
         tune.tune_all(CASES, path, tune.read_table(path), lambda case, us=tile_us: times(us))
     found = [other, *(fastest(case.layer, CPU, times(1.0)) for case in CASES)]
     expected = [row._replace(commit=tune.commit()) for row in found if row]
-    monkeypatch.setattr(candidates, "__file__", str(tmp_path / "candidates.py"))
-    candidates.shipped.cache_clear()
+    monkeypatch.setattr(decisions, "__file__", str(tmp_path / "decisions.py"))
+    decisions.shipped.cache_clear()
     try:
-        assert list(candidates.shipped()) == expected
+        assert list(decisions.shipped()) == expected
     finally:
-        candidates.shipped.cache_clear()
+        decisions.shipped.cache_clear()
     assert len(path.read_text().splitlines()) == len(expected) + 2
 
 

@@ -1,0 +1,113 @@
+"""The README's table of results, made from ``benchmarks/results/*.csv`` and nothing else.
+
+``python -m benchmarks.results_table`` writes it between ``<!-- results -->`` and ``<!-- /results -->`` in README.md,
+``--check`` only says whether it is up to date. Only what was measured on a GPU at a commit is shown, for each GPU the
+newest commit, driver, torch and triton in its file. GPUs and commits are never mixed.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for ``python -m``: the benchmarks import each other by name
+
+from harness import RESULTS, ROOT
+from plot import Row, heading, newest_run, read
+
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+NOTHING = "No result of a GPU has been recorded yet."
+PEERS = ("torchvision", "layers")  # the latter where torchvision could not be imported
+COLUMNS = {  # implementations by the end of their name, the best of several
+    "eager fp32": ("fp32",),
+    "eager": ("channels_last",),
+    "torch.compile": ("compile", "max-autotune"),
+    "PyTorch, folded": ("fastdeeplab-torch",),
+    "fastdeeplab": ("fastdeeplab", "fastdeeplab-graphs"),
+}
+
+
+def measured_on_gpus(files: Sequence[Path]) -> list[Row]:
+    """The rows of whole networks that have a GPU, a commit and a time."""
+    rows = [row for file in files for row in read(file)]
+    return [
+        row
+        for row in rows
+        if row["kernel"].startswith("predict ") and row["driver"] and row["p50_ms"] and is_committed(row["commit"])
+    ]
+
+
+def is_committed(commit: str) -> bool:
+    return commit != "unknown" and not commit.endswith("-dirty")
+
+
+def results_text(rows: Sequence[Row]) -> str:
+    """A table per GPU."""
+    if not rows:
+        return NOTHING
+    return "\n\n".join(gpu_text(list(rows), device) for device in sorted({row["device"] for row in rows}))
+
+
+def gpu_text(rows: list[Row], device: str) -> str:
+    found = newest_run(rows, device)
+    ratios = [f"/ {name}" for name in list(COLUMNS)[:-1]]
+    columns = ("images per second", "dtype", *COLUMNS, *ratios, "share of floor")
+    lines = [f"{heading(found[0])}:", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return "\n".join([*lines, *network_lines(found)])
+
+
+def network_lines(rows: Sequence[Row]) -> Iterator[str]:
+    def network(row: Row) -> tuple[str, str, str]:
+        return row["kernel"], row["shape"], row["dtype"]
+
+    order = {key: number for number, key in enumerate(dict.fromkeys(map(network, rows)))}
+    for (kernel, shape, dtype), group in groupby(sorted(rows, key=lambda row: order[network(row)]), key=network):
+        found = {row["implementation"]: row for row in group}
+        bests = [best(found, ends) for ends in COLUMNS.values()]
+        *others, ours = (int(shape.split("x")[0]) * 1000 / float(row["p50_ms"]) if row else None for row in bests)
+        rates = [f"{rate:.0f}" if rate else "" for rate in (*others, ours)]
+        ratios = [f"{ours / rate:.2f}x" if ours and rate else "" for rate in others]
+        share = bests[-1]["share_of_floor"] if bests[-1] else ""
+        cells = [f"{kernel.removeprefix('predict ')} {shape}", dtype, *rates, *ratios]
+        yield f"| {' | '.join([*cells, f'{float(share):.2f}' if share else ''])} |"
+
+
+def best(rows: dict[str, Row], ends: Sequence[str]) -> Row | None:
+    names = [*ends, *(f"{peer}-{end}" for peer in PEERS for end in ends)]
+    return min((rows[name] for name in names if name in rows), key=lambda row: float(row["p50_ms"]), default=None)
+
+
+def with_results(readme: str, text: str) -> str:
+    """The README with the text between its markers.
+
+    Raises:
+        ValueError: they are not there, once each and in this order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or readme.count(BEGIN) + readme.count(END) != 2:
+        raise ValueError(f"needs {BEGIN} and, after it, {END}, once each")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: benchmarks/results")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if it is not up to date")
+    options = parser.parse_args(arguments)
+    try:
+        before = options.readme.read_text()
+        after = with_results(before, results_text(measured_on_gpus(sorted(options.results.glob("*.csv")))))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{options.readme}: {error}")
+    if options.check:
+        if after != before:
+            sys.exit(f"{options.readme}: the results are not up to date: python -m benchmarks.results_table")
+    elif after != before:
+        options.readme.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+"""Masks are compared before anything is timed, a failing rival leaves the rest alone, a stopped run keeps its rows."""
+
+import csv
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fastdeeplab.kernels.measure import Measurement, WrongResultError
+from networks import small_model
+from rich.console import Console
+from torch import Tensor
+
+import fastdeeplab as fdl
+from fastdeeplab import bench as bench_module
+from fastdeeplab import rivals as rivals_module
+from fastdeeplab.bench import Result, bench, best_rival, quick_network, run_bench, summary, time_operations
+from fastdeeplab.rivals import Network, Oracle, Rival, rivals_of, torchvision_network
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
+
+
+class Small(Network):
+    def structure(self) -> fdl.ResNetModel:
+        return small_model(num_classes=self.num_classes, output_stride=self.output_stride, aux_head=False)
+
+
+NETWORK = Small(num_classes=5, size=(33, 33), batch=2, dtype=torch.float32)
+
+
+def live(name: str = "live", **options: object) -> Rival:
+    return Rival(name, torch.float32, lambda model, _: model.predict, **options)
+
+
+def changed(name: str, change: Callable[[Tensor], Tensor]) -> Rival:
+    """A rival whose mask is not the model's."""
+
+    def build(model: fdl.ResNetModel, _: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda images: change(model.predict(images))
+
+    return Rival(name, torch.float32, build)
+
+
+def failing(name: str, error: BaseException) -> Rival:
+    def build(model: fdl.ResNetModel, images: Tensor) -> Callable[[Tensor], Tensor]:
+        raise error
+
+    return Rival(name, torch.float32, build)
+
+
+def result(name: str, milliseconds: float, ours: bool = False, **options: object) -> Result:
+    found = Measurement(milliseconds, milliseconds, milliseconds, 10, 2_000_000, 0.0)
+    return Result(NETWORK, live(name, ours=ours, **options), found)
+
+
+def test_the_same_random_network_each_time_with_every_class_in_its_mask() -> None:
+    one, other = (NETWORK.build(CPU).state_dict() for _ in range(2))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert torch.equal(NETWORK.images(CPU), NETWORK.images(CPU))
+    mask = NETWORK.build(CPU).predict(NETWORK.images(CPU))
+    assert mask.flatten().bincount(minlength=5).min() > 0.02 * mask.numel()
+    assert torch.initial_seed() == 0  # the caller's random numbers go on as they were
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("depth", 34, "depth must be 50, 101 or 152, got 34"),
+        ("output_stride", 32, "output_stride must be 8 or 16"),
+        ("num_classes", 1, "num_classes must be at least 2"),
+        ("size", (0, 5), "size must be two positive numbers"),
+        ("batch", 0, "batch must be at least 1"),
+        ("dtype", torch.float64, "dtype must be float32, float16 or bfloat16"),
+    ],
+)
+def test_a_network_that_is_none(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Network(**{field: value})
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.inf, math.nan])
+def test_seconds_are_a_positive_number(seconds: float) -> None:
+    with pytest.raises(ValueError, match="seconds must be a positive number"):
+        next(bench(NETWORK, CPU, rivals=[live()], seconds=seconds))
+
+
+def test_a_device_that_is_neither() -> None:
+    with pytest.raises(ValueError, match="device must be a CPU or an NVIDIA GPU, got meta"):
+        next(bench(NETWORK, torch.device("meta"), rivals=[live()]))
+
+
+def test_every_rival_of_a_cpu_is_measured() -> None:
+    """Where torchvision has no such network, and without the compiled one."""
+    rivals = [rival for rival in rivals_of(NETWORK, CPU, quick=True) if not rival.name.startswith("torchvision")]
+    found = list(bench(NETWORK, CPU, rivals=[live(), *rivals], seconds=0.01))
+    assert [each.rival.name for each in found] == ["live", "ResNetModel", "fastdeeplab"]
+    for each in found:
+        assert each.measurement is not None, each.reason
+        assert 0 < each.measurement.p20 <= each.measurement.p50 <= each.measurement.p80
+        assert each.measurement.repeats >= 5
+        assert each.measurement.error < 1e-4
+        assert each.peak_memory is not None
+        assert each.peak_memory > 2 * 33 * 33 * 8  # the mask
+        assert each.images_per_second == pytest.approx(2000 / each.milliseconds)
+
+
+def test_low_precision_is_given_its_rounding_and_no_more() -> None:
+    """The same network in bf16 passes as bf16, and not as fp32."""
+
+    def build(model: fdl.ResNetModel, _: Tensor) -> Callable[[Tensor], Tensor]:
+        fast = fdl.accelerate(model, dtype=torch.bfloat16)
+        return lambda images: fast.predict(images)
+
+    network = Small(num_classes=21, size=(65, 65), dtype=torch.bfloat16)
+    rivals = [Rival("as bf16", torch.bfloat16, build), Rival("as fp32", torch.float32, build)]
+    found = {each.rival.name: each for each in bench(network, CPU, rivals=rivals, seconds=0.01)}
+    assert found["as bf16"].measurement is not None, found["as bf16"].reason
+    assert "not timed" in found["as fp32"].reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda mask: torch.where(torch.arange(33) == 16, (mask + 1) % 5, mask), "below the best, at most"),
+        (lambda mask: mask + 5, "is inf below the best"),
+        (lambda mask: mask - 5, "is inf below the best"),
+        (lambda mask: mask[:1], re.escape("the mask is (1, 33, 33) of torch.int64")),
+        (lambda mask: mask.float(), "of torch.float32, class indices"),
+    ],
+    ids=["one column", "too large", "negative", "one image", "no indices"],
+)
+def test_a_wrong_mask_is_not_timed(
+    change: Callable[[Tensor], Tensor], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(bench_module, "_wall_clock", lambda call: timed.append("once") or 1.0)
+    (found,) = bench(NETWORK, CPU, rivals=[changed("wrong", change)])
+    assert found.measurement is None
+    assert re.search(reason, found.reason), found.reason
+    assert not timed
+
+
+def test_many_near_ties_that_differ_are_not_timed() -> None:
+    """Within the rounding at each pixel, but at far more of them than rounding would change."""
+    model, images = NETWORK.build(CPU), NETWORK.images(CPU)
+    oracle = Oracle(model, images)
+    oracle.logits.fill_(-1e-6)[:, 0] = 0
+    oracle.limits[torch.float32] = (1e-5, 0.5)
+    near = torch.full((2, 33, 33), 4)
+    assert oracle.compare(near) == pytest.approx((1e-6, 1))
+    with pytest.raises(WrongResultError, match=r"100.00% of its pixels differ from fp64, at most 50.00% is rounding"):
+        oracle.check(near, torch.float32)
+
+
+def test_a_dtype_that_spoils_the_network_is_no_measure_of_right() -> None:
+    """In fp16 it overflows: every mask would be right."""
+    model, images = NETWORK.build(CPU), NETWORK.images(CPU)
+    model.backbone.conv1.weight.mul_(1e6)
+    (logits,) = (rivals_module.layer_by_layer(model.half(), images[:1].half()),)
+    assert not logits.isfinite().all()
+    oracle = Oracle(model.float(), images)
+    with pytest.raises(ValueError, match="float16 rounds this network too much"):
+        oracle.check(torch.zeros(2, 33, 33, dtype=torch.int64), torch.float16)
+
+
+def test_a_rival_that_fails_leaves_the_others_alone() -> None:
+    rivals = [failing("one", torch.OutOfMemoryError("CUDA out of memory.\nTried to")), live()]
+    found = list(bench(NETWORK, CPU, rivals=rivals, seconds=0.01))
+    assert [(each.rival.name, each.measurement is None) for each in found] == [("one", True), ("live", False)]
+    assert found[0].reason == "OutOfMemoryError: CUDA out of memory."
+    assert found[0].images_per_second == 0
+
+
+def test_rivals_of_a_cpu_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def noting(name: str) -> Rival:
+        return changed(name, lambda mask: order.append(name) or mask)
+
+    monkeypatch.setattr(bench_module, "MAX_ROUNDS", 5)
+    list(bench(NETWORK, CPU, rivals=[noting(name) for name in "abc"]))
+    rounds = ["".join(order[-15:][i : i + 3]) for i in range(0, 15, 3)]
+    assert rounds == ["abc", "bca", "cab", "abc", "bca"]
+
+
+def test_as_many_rounds_as_fit() -> None:
+    assert [bench_module._rounds(ms, 2.0) for ms in (0.0, 1.0, 100.0, 1e6)] == [0, 100, 20, 5]
+
+
+def test_stopped_by_ctrl_c_what_was_timed_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def interrupted(call: Callable[[], Tensor]) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 8:  # two estimates, two rounds, and one more call
+            raise KeyboardInterrupt
+        return float(calls)
+
+    monkeypatch.setattr(bench_module, "_wall_clock", interrupted)
+    found: list[Result] = []
+    with pytest.raises(KeyboardInterrupt):
+        found.extend(bench(NETWORK, CPU, rivals=[live("one"), live("other")]))
+    assert [(each.rival.name, each.measurement.repeats) for each in found if each.measurement] == [
+        ("one", 3),
+        ("other", 2),
+    ]
+
+
+def test_the_command_keeps_the_rows_of_a_stopped_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> object:
+        yield result("one", 10.0)
+        assert len((tmp_path / "rows.csv").read_text().splitlines()) == 2
+        yield Result(NETWORK, live("other"), None, "RuntimeError: no")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_module, "bench", stopped)
+    console = Console(record=True, width=160, quiet=False, file=(tmp_path / "out").open("w"))
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(console, NETWORK, CPU, csv=tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["rival"], row["p50_ms"], row["reason"]) for row in rows] == [
+        ("one", "10.0", ""),
+        ("other", "", "RuntimeError: no"),
+    ]
+    text = console.export_text()
+    assert re.search(r"one +│ +200 │ +10\.00", text)
+    assert "other: RuntimeError: no" in text
+
+
+@pytest.mark.parametrize(("text", "message"), [("a,b\n1,2\n", "has other columns"), (None, "in the middle of a row")])
+def test_a_file_of_another_kind_is_refused_before_anything_runs(
+    tmp_path: Path, text: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(text or ",".join(bench_module.COLUMNS) + "\n0.1,half")
+    before = path.read_bytes()
+    monkeypatch.setattr(bench_module, "bench", lambda *_, **__: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match=message):
+        run_bench(Console(quiet=True), NETWORK, CPU, csv=path)
+    assert path.read_bytes() == before
+
+
+def test_the_command_prints_a_table_and_a_breakdown(tmp_path: Path) -> None:
+    console = Console(record=True, width=160, file=(tmp_path / "out").open("w"))
+    ours = live("ours", ours=True)
+    run_bench(console, NETWORK, CPU, rivals=[live("other"), ours], seconds=0.01, profile=True, csv=tmp_path / "a.csv")
+    text = console.export_text()
+    assert "R50 OS8 33x33 B2 K=5 in float32" in text
+    assert re.search(r"other +│ +[\d.]+ │ +[\d.]+ \([\d.]+ to [\d.]+\) │ +\d+ │ +1\.00 │", text)
+    assert re.search(r"the speed of ours is [\d.]+ times other", text)
+    assert re.search(r"classifier.0 +│ aspp_branches +│ 2x256x5x5->32 rates \(12, 24, 36\) │ torch", text)
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 3
+
+
+def test_quick_is_small_and_leaves_out_what_compiles_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(101, 16, 150, (1024, 2048), 4, torch.float16)
+    small = quick_network(network, CPU)
+    assert (small.size, small.batch) == ((256, 256), 1)
+    assert (small.depth, small.output_stride, small.num_classes, small.dtype) == (101, 16, 150, torch.float16)
+    for free, batch in ((80e9, 8), (9e9, 4), (1e9, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), int(free)))
+        assert (quick_network(network, GPU).size, quick_network(network, GPU).batch) == ((512, 512), batch)
+
+    def names(device: torch.device, quick: bool) -> list[str]:
+        return [rival.name.partition("-")[2] or rival.name for rival in rivals_of(small, device, quick=quick)]
+
+    assert names(CPU, True) == ["fp32", "channels_last", "ResNetModel", "fastdeeplab"]
+    assert names(CPU, False) == ["fp32", "channels_last", "compile", "ResNetModel", "fastdeeplab"]
+    on_gpu = ["fp32", "channels_last", "compile", "max-autotune", "ResNetModel", "torch", "fastdeeplab", "graphs"]
+    assert names(GPU, False) == on_gpu
+    assert names(GPU, True) == [name for name in on_gpu if name != "max-autotune"]
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_torchvisions_network_is_the_same(output_stride: int) -> None:
+    model = fdl.ResNetModel(layers=(1, 1, 2, 1), num_classes=3, output_stride=output_stride, aux_head=False).eval()
+    images = torch.randn(1, 3, 33, 33)
+    with torch.no_grad():
+        torch.testing.assert_close(torchvision_network(model)(images)["out"], model(images)["out"])
+    with pytest.raises(ValueError, match="torchvision has neither another width"):
+        torchvision_network(small_model())
+
+
+def test_without_torchvision_pytorchs_layers_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rivals in (rivals_module, bench_module):
+        monkeypatch.setattr(rivals, "torchvision_obstacle", lambda: "ImportError: no")
+    eager = rivals_of(NETWORK, CPU, quick=True)[:2]
+    assert [rival.name for rival in eager] == ["layers-fp32", "layers-channels_last"]
+    found = list(bench(NETWORK, CPU, rivals=eager, seconds=0.01))
+    assert all(each.measurement for each in found), found
+
+
+def test_the_layers_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of the fused calls, and no gradient."""
+    model = NETWORK.build(CPU)
+    with fdl.kernels.recording() as fused:
+        logits = rivals_module.layer_by_layer(model, NETWORK.images(CPU))
+    assert not fused
+    assert logits.grad_fn is None
+
+
+def test_the_best_rival_is_not_ours_and_ratios_are_of_times() -> None:
+    results = [result("slow", 40.0), result("quick", 20.0), result("a", 8.0, ours=True), result("b", 10.0, ours=True)]
+    failed = Result(NETWORK, live("failed"), None, "no")
+    assert best_rival([failed, *results]) == results[1]
+    assert summary([failed, *results]) == "the speed of a is 5.00 times slow, 2.50 times quick"
+    assert summary(results[2:]) == summary([failed]) == "nothing to compare"
+    assert best_rival(results[2:]) is None
+
+
+def test_the_memory_of_a_graph_is_not_known() -> None:
+    assert result("plain", 1.0).peak_memory == 2_000_000
+    assert result("graph", 1.0, graphs=True).peak_memory is None
+
+
+def test_each_operation_of_a_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, images = fdl.accelerate(NETWORK.build(CPU)), NETWORK.images(CPU)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(bench_module.time, "perf_counter", lambda: float(next(clock)))
+    parts = time_operations(fast, images, repeats=2)
+    assert {part.milliseconds for part in parts} == {1000.0}  # one tick between start and end of each
+    with fdl.kernels.recording() as fused:
+        fast.predict(images)
+    assert [part.layer for part in parts if part.layer] == [layer for layer, _ in fused]
+    by_operation = {part.operation: part for part in parts}
+    assert by_operation["upsample_argmax"].module == "upsample_argmax"
+    assert by_operation["aspp_branches"].module == "classifier.0"
+    assert by_operation["max_pool2d_with_indices"].module == "backbone.maxpool"
+
+
+def test_small_operations_come_as_one() -> None:
+    def part(name: str, milliseconds: float, layer: object = None) -> SimpleNamespace:
+        return SimpleNamespace(operation=name, layer=layer, milliseconds=milliseconds)
+
+    parts = [part("a", 98.5), part("b", 0.5), part("conv", 0.25, layer=1), part("c", 0.75)]
+    found = [(each.operation, share) for each, share in bench_module.parts_and_shares(parts)]
+    assert found == [("a", 0.985), ("conv", 0.0025), ("the rest", 0.0125)]
+
+
+@pytest.mark.gpu
+def test_every_rival_of_a_gpu_is_measured() -> None:
+    network = Small(num_classes=21, size=(129, 129), batch=1, dtype=torch.bfloat16)
+    rivals = [rival for rival in rivals_of(network, GPU) if not rival.name.startswith("torchvision")]
+    found = list(bench(network, GPU, rivals=[live(), *rivals], seconds=0.05))
+    assert [each.rival.name for each in found] == [
+        "live", "ResNetModel", "fastdeeplab-torch", "fastdeeplab", "fastdeeplab-graphs",
+    ]  # fmt: skip
+    assert not [each.reason for each in found if each.reason]
+    parts = time_operations(fdl.accelerate(network.build(GPU), dtype=torch.bfloat16), network.images(GPU))
+    assert sum(part.milliseconds for part in parts) > 0

@@ -1,0 +1,379 @@
+"""Tuning a network: the fastest of each layer decides, now and in later processes, within the time that was given."""
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+from fastdeeplab.kernels import decisions, tuning
+from fastdeeplab.kernels.candidates import Gpu, Layer, Tile, tiles_for
+from fastdeeplab.kernels.choice import why_not
+from fastdeeplab.kernels.decisions import decide
+from fastdeeplab.kernels.tuning import Times
+from layers import H200
+from networks import small_model
+from torch import Tensor, nn
+
+import fastdeeplab as fdl
+from fastdeeplab import kernels, tuner
+from fastdeeplab.tuner import tune_network
+
+DEVICE = torch.device("cuda", 0)
+IMAGES = torch.randn(2, 3, 33, 33)
+
+
+def forget() -> None:
+    """As in a new process."""
+    decisions._tables.clear()
+    decisions._decide.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _own_decisions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(decisions, "_tables", {})
+    decisions._decide.cache_clear()
+    yield
+    decisions._decide.cache_clear()
+
+
+class FakeGpu:
+    """An H200 on which the library does every layer in 2 ms, and two tile choices as the test says; all are right."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kernel_ms: Callable[[Layer], float] = lambda layer: 1.0 if layer.residual else 3.0
+        self.measured: list[Layer] = []
+        self.seconds: list[float] = []
+        self.running = 0.0
+        self.tune = tuning.tune
+        monkeypatch.setattr(Gpu, "of", lambda device: H200)
+        monkeypatch.setattr(tuning, "why_not", lambda *_: None)
+        monkeypatch.setattr(tuning, "tile_choices", lambda layer, _: list(tiles_for(layer, H200.capability)[:2]))
+        monkeypatch.setattr(tuning, "kernel_call", self.kernel_call)
+        monkeypatch.setattr(tuning, "library_call", self.library_call)
+        monkeypatch.setattr(tuning, "tune", self.recorded_tune)
+        monkeypatch.setattr(tuning, "in_fp64", lambda layer, inputs: self.right(layer, inputs))
+
+    def right(self, layer: Layer, inputs: list[Any]) -> Tensor:
+        return torch.ones(3)
+
+    def kernel_call(self, layer: Layer, tile: Tile) -> Callable[..., Tensor]:
+        second = tile == tuning.tile_choices(layer, DEVICE)[-1]
+        return self.taking(self.kernel_ms(layer) * (1 if second else 2))
+
+    def library_call(self, layer: Layer, form: str) -> Callable[..., Tensor]:
+        return self.taking(2.0)
+
+    def taking(self, milliseconds: float) -> Callable[..., Tensor]:
+        def run(*_: Any) -> Tensor:
+            if milliseconds == math.inf:
+                raise RuntimeError("out of resource: shared memory")
+            self.running = milliseconds
+            return torch.ones(3)
+
+        return run
+
+    def clock(self, call: Callable[[], object]) -> float:
+        call()
+        return self.running
+
+    def recorded_tune(self, layer: Layer, device: torch.device, *, seconds: float, timer: Any) -> Times:
+        assert not torch.is_autocast_enabled("cpu")
+        self.measured.append(layer)
+        self.seconds.append(seconds)
+        return self.tune(layer, device, seconds=seconds, timer=timer or self.clock)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    monkeypatch.setattr("fastdeeplab.kernels.measure.peak_memory", lambda *_: 0)  # the profiler takes its time
+    return FakeGpu(monkeypatch)
+
+
+@pytest.fixture
+def model() -> fdl.AcceleratedModel:
+    return fdl.accelerate(small_model())
+
+
+def layers_of(model: nn.Module, images: Tensor = IMAGES) -> set[Layer]:
+    """Those that kernels serve."""
+    with torch.no_grad(), kernels.recording() as found:
+        model(images)
+    return {layer for layer, _ in found if tiles_for(layer, H200.capability)}
+
+
+def test_the_fastest_of_each_layer_decides(gpu: FakeGpu, model: fdl.AcceleratedModel) -> None:
+    layers = layers_of(model)
+    before = {layer: decide(layer, "auto", DEVICE) for layer in layers}
+    assert all(decision.why.startswith("predicted") for decision in before.values())
+    tuned = model.tune(IMAGES)
+    assert len(gpu.measured) == len(layers)
+    assert set(gpu.measured) == layers == {row.measurement.layer for row in tuned.rows}
+    assert {layer.residual for layer in layers} == {False, True}
+    for new_process in (False, True):
+        if new_process:
+            forget()
+        for layer in layers:
+            decision = decide(layer, "auto", DEVICE)
+            assert decision.impl == ("triton" if layer.residual else "torch")
+            assert decision.why == "measured on NVIDIA H200"
+            assert decision.tile == tuning.tile_choices(layer, DEVICE)[-1]
+
+
+def test_heavy_layers_come_first_and_each_is_reported(gpu: FakeGpu, model: fdl.AcceleratedModel) -> None:
+    reports: list[tuple[int, int, str]] = []
+    tune_network(model, IMAGES, progress=lambda *report: reports.append(report))
+    assert [text for _, _, text in reports] == [*map(str, gpu.measured), "done"]
+    assert [done for done, _, _ in reports] == list(range(len(reports)))
+    assert {total for _, total, _ in reports} == {len(gpu.measured)}
+    assert gpu.measured[0].function == "aspp_branches"
+
+
+def test_the_summary(gpu: FakeGpu, model: fdl.AcceleratedModel) -> None:
+    gpu.kernel_ms = lambda layer: math.inf if layer.function == "aspp_branches" else 1.0 if layer.residual else 3.0
+    with pytest.warns(RuntimeWarning, match="out of resource"):
+        tuned = model.tune(IMAGES)
+    lines = str(tuned).splitlines()
+    assert lines[0].split("  ")[0] == "layer"
+    assert len(lines) == 1 + len(gpu.measured)
+    for row, line in zip(tuned.rows, lines[1:], strict=True):
+        assert row.new
+        assert row.winner == ("kernel" if row.measurement.layer.residual else "library")
+        assert line.startswith(str(row.measurement.layer))
+        assert f"  {row.winner}  " in line
+        assert "  2000.0  " in line
+        assert line.endswith("  now")
+    assert "  fails  " in lines[1]
+    assert "1000.0" in str(tuned)
+
+
+def test_what_is_known_is_not_measured_again(gpu: FakeGpu, model: fdl.AcceleratedModel) -> None:
+    first = model.tune(IMAGES)
+    gpu.measured.clear()
+    assert [row.measurement for row in model.tune(IMAGES).rows] == [row.measurement for row in first.rows]
+    forget()
+    tuned = model.tune(IMAGES)
+    assert not gpu.measured
+    assert [row.measurement for row in tuned.rows] == [row.measurement for row in first.rows]
+    assert not any(row.new for row in tuned.rows)
+    assert str(tuned).splitlines()[1].endswith("earlier")
+
+    gpu.kernel_ms = lambda layer: 0.5
+    model.tune(IMAGES, again=True)
+    assert len(gpu.measured) == len(first.rows)
+    forget()
+    assert {decide(layer, "auto", DEVICE).impl for layer in gpu.measured} == {"triton"}
+    model.tune(torch.randn(1, 3, 65, 65))
+    assert len(gpu.measured) == 2 * len(first.rows)  # another size is measured by itself
+
+
+def test_what_no_longer_serves_is_measured_again(gpu: FakeGpu, model: fdl.AcceleratedModel) -> None:
+    row = model.tune(IMAGES).rows[0].measurement
+    gpu.measured.clear()
+    decisions.remember(row._replace(tile=row.tile._replace(block_m=512)))
+    model.tune(IMAGES)
+    assert gpu.measured == [row.layer]
+
+
+def test_the_time_that_is_given_is_shared_and_not_exceeded(
+    gpu: FakeGpu, model: fdl.AcceleratedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that moves a second each time it is looked at, so that every layer takes one."""
+    ticks = count()
+    monkeypatch.setattr(tuner, "perf_counter", lambda: next(ticks))
+    tuned = model.tune(IMAGES, seconds=2.5)
+    assert len(gpu.measured) == len(tuned.rows) == 3
+    layers = layers_of(model)
+    assert set(tuned.left) == layers - set(gpu.measured)
+    candidates = sum(len(tuning.tile_choices(layer, DEVICE)) + 1 for layer in layers)
+    assert gpu.seconds[0] == pytest.approx(min(0.05, 2.5 / candidates))
+    assert gpu.seconds[2] < gpu.seconds[0]
+    lines = str(tuned).splitlines()
+    assert lines[4:] == [f"not measured, stays predicted: {layer}" for layer in tuned.left]
+    others = [layer for layer in tuned.left if "another size" not in decide(layer, "auto", DEVICE).why]
+    assert others
+    assert all(decide(layer, "auto", DEVICE).why.startswith("predicted") for layer in others)
+
+    gpu.seconds.clear()
+    assert not model.tune(IMAGES, seconds=1000).left
+    assert set(gpu.seconds) == {tuner.MOST_SECONDS}
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_interrupt_keeps_what_is_done(model: fdl.AcceleratedModel) -> None:
+    def interrupt(done: int, *_: object) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_network(model, IMAGES, progress=interrupt)
+    forget()
+    assert len(decisions.measured_here(H200.name, H200.capability)) == 2
+    tuned = model.tune(IMAGES)
+    assert [row.new for row in tuned.rows].count(False) == 2
+
+
+@pytest.mark.usefixtures("gpu")
+def test_where_nothing_can_be_written_it_holds_in_this_process(
+    model: fdl.AcceleratedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(decisions, "store", read_only)
+    with pytest.warns(RuntimeWarning, match=r"can't be kept in .*fastdeeplab.*Read-only file system") as caught:
+        tuned = model.tune(IMAGES)
+    assert len(caught) == 1
+    assert len(tuned.rows) > 5
+    layer = tuned.rows[0].measurement.layer
+    assert decide(layer, "auto", DEVICE).why == "measured on NVIDIA H200"
+
+
+def test_a_layer_that_memory_is_too_small_for_stays_predicted(
+    gpu: FakeGpu, model: fdl.AcceleratedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_choices(layer: Layer, device: torch.device) -> None:
+        if layer.function == "aspp_branches":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tuning, "compile_choices", compile_choices)
+    with pytest.warns(RuntimeWarning, match="is not measured: CUDA out of memory"):
+        tuned = model.tune(IMAGES)
+    assert [layer.function for layer in tuned.left] == ["aspp_branches"]
+    assert len(tuned.rows) == len(layers_of(model)) - 1
+
+
+def test_a_layer_without_a_right_candidate_stays_predicted(gpu: FakeGpu, model: fdl.AcceleratedModel) -> None:
+    gpu.right = lambda layer, inputs: torch.zeros(3) if layer.function == "aspp_branches" else torch.ones(3)
+    with pytest.warns(RuntimeWarning, match="is left out"):
+        tuned = model.tune(IMAGES)
+    assert [layer.function for layer in tuned.left] == ["aspp_branches"]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_autocast_and_gradients_do_not_matter(model: fdl.AcceleratedModel) -> None:
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        assert model.tune(IMAGES).rows
+
+
+def test_a_model_that_is_not_accelerated(gpu: FakeGpu) -> None:
+    plain = small_model().eval()
+    layers = layers_of(plain)
+    assert {row.measurement.layer for row in tune_network(plain, IMAGES).rows} == layers
+
+
+def test_on_a_cpu_there_is_nothing_to_tune(model: fdl.AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: pytest.fail("measured"))
+    why_not.cache_clear()
+    try:
+        tuned = model.tune(IMAGES)
+    finally:
+        why_not.cache_clear()
+    assert tuned.rows == tuned.left == ()
+    assert str(tuned) == "nothing to tune: the tensors are on a CPU"
+
+
+def test_kernels_that_are_turned_off_are_not_measured(
+    gpu: FakeGpu, model: fdl.AcceleratedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTDEEPLAB_KERNELS", "torch")
+    assert str(model.tune(IMAGES)) == "nothing to tune: FASTDEEPLAB_KERNELS=torch"
+    assert not gpu.measured
+
+
+@pytest.mark.usefixtures("gpu")
+def test_no_images_have_nothing_to_tune(model: fdl.AcceleratedModel) -> None:
+    assert "no layer that a kernel serves" in str(model.tune(IMAGES[:0]))
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, math.nan, math.inf, "60", None])
+def test_seconds_are_a_positive_number(seconds: Any, model: fdl.AcceleratedModel) -> None:
+    with pytest.raises(ValueError, match="seconds must be a positive number"):
+        model.tune(IMAGES, seconds=seconds)
+
+
+def test_images_and_mode_are_checked(model: fdl.AcceleratedModel) -> None:
+    with pytest.raises(ValueError, match="images"):
+        model.tune(IMAGES[0])
+    with pytest.raises(RuntimeError, match="eval mode"):
+        tune_network(small_model().train(), IMAGES)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_captured_graphs_are_dropped(model: fdl.AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold what was decided before."""
+    dropped = []
+    monkeypatch.setattr(model, "drop_captures", lambda: dropped.append(True))
+    model.tune(IMAGES)
+    assert dropped
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("rich", [True, False])
+def test_progress_is_shown_on_stderr(
+    rich: bool, model: fdl.AcceleratedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.progress", None)  # as if it were not installed
+    tuned = model.tune(IMAGES, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    total = len(tuned.rows)
+    if rich:
+        assert shown.err.startswith("tuning")
+        assert f"{total}/{total}" in shown.err
+    else:
+        assert shown.err.splitlines()[-1] == f"[{total}/{total}] done"
+        assert len(shown.err.splitlines()) == total + 1
+    assert model.tune(IMAGES).rows
+    assert capsys.readouterr().err == ""
+
+
+class OneConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(16, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.conv_bn_relu(x, self.weight, None, x.new_zeros(16))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs the kernels on a CPU alone")
+def test_tuning_in_the_interpreter() -> None:
+    """A real kernel, from the model to the row in the user's table."""
+    model, x = OneConvolution().eval(), torch.randn(1, 8, 4, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        (row,) = tune_network(model, x, seconds=0.01).rows
+    assert row.winner == "library"
+    assert row.measurement.tile.kernel == "pointer"
+    forget()
+    assert decisions.measured_here("the interpreter", (8, 0)) == {row.measurement.layer: row.measurement}
+
+
+@pytest.mark.gpu
+def test_tuning_on_a_gpu(device: torch.device) -> None:
+    """What was measured decides, and the logits are still those of the model it was made from."""
+    source = small_model(width=0.25).eval().to(device)
+    model = fdl.accelerate(source, dtype=torch.float16)
+    images = torch.randn(2, 3, 129, 129, device=device)
+    tuned = model.tune(images, seconds=20)
+    assert tuned.rows
+    assert not tuned.left
+    forget()
+    with kernels.recording() as found:
+        actual = model(images)["out"]
+    served = [decision for layer, decision in found if tuning.tile_choices(layer, device)]
+    assert served
+    assert all(decision.why.startswith("measured on") for decision in served)
+    assert {layer for layer, decision in found if decision.impl == "triton"} == {
+        row.measurement.layer for row in tuned.rows if row.winner == "kernel"
+    }
+    with torch.no_grad():
+        expected = source.double()(images.double())["out"]
+    assert float((actual - expected).abs().max()) < 0.02 * float(expected.abs().max())
+    assert not any(row.new for row in model.tune(images).rows)
