@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastdeeplab
 from fastdeeplab import kernels
 from fastdeeplab.accelerate import AcceleratedModel, accelerate
-from fastdeeplab.explanation import _names_of_calls
+from fastdeeplab.explanation import names_of_calls
 from fastdeeplab.kernels.candidates import Layer
 from fastdeeplab.kernels.measure import Call, Measurement, measure, peak_memory
 from fastdeeplab.rivals import Network, Oracle, Predict, Rival, one_line, rivals_of, short_name, torchvision_obstacle
@@ -293,7 +293,7 @@ def time_operations(fast: AcceleratedModel, images: Tensor, *, repeats: int = 10
                 torch.cuda._sleep(int(2 * launching * 2e6))  # about two million cycles a millisecond
             start = time.perf_counter()
             with kernels.recording() as decisions, _Stopwatch(images.device, decisions) as stopwatch:
-                with _names_of_calls(fast, stopwatch.operations) as names:
+                with names_of_calls(fast, stopwatch.operations) as names:
                     fast.predict(images)
                 launching = 1000 * (time.perf_counter() - start)
             runs.append(stopwatch.milliseconds())

@@ -1,4 +1,4 @@
-"""The command line: ``fastdeeplab segment``, ``info`` and ``demo``. Needs the extra ``fastdeeplab[pictures]``."""
+"""The command line, ``fastdeeplab segment`` and others. Needs the extra ``fastdeeplab[pictures]``."""
 
 import glob
 import importlib.metadata
@@ -24,15 +24,31 @@ except ModuleNotFoundError as error:
 
 import fastdeeplab
 from fastdeeplab import kernels
+from fastdeeplab.accelerate import accelerate
 from fastdeeplab.checkpoint import PUBLISHED, CheckpointError, load, load_weights
 from fastdeeplab.kernels.choice import kernels_are_off, why_not
 from fastdeeplab.model import ResNetModel
 from fastdeeplab.outputs import MASK, OVERLAY, Output, State, plan
 from fastdeeplab.palettes import PALETTES, Palette, choose_palette
 from fastdeeplab.pictures import PictureError, write_mask, write_overlay
+from fastdeeplab.rivals import Network
 from fastdeeplab.segmenter import Segmented, Segmenter
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
+
+Depth = Annotated[int, typer.Option(help="Of the ResNet: 50, 101 or 152.")]
+OutputStride = Annotated[int, typer.Option(help="8 or 16.")]
+Classes = Annotated[int, typer.Option(help="Number of classes.")]
+Size = Annotated[str, typer.Option(metavar="HEIGHTxWIDTH", help="Of the images.")]
+BatchSize = Annotated[int, typer.Option(help="Images that go through the network at once.")]
+DType = Annotated[
+    str | None,
+    typer.Option(help="float32, float16 or bfloat16.", show_default="bfloat16 on a GPU, else float32"),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Such as cpu or cuda:0.", show_default="cuda if there is one, else cpu")
+]
 
 app = typer.Typer(
     help="Semantic segmentation of pictures with DeepLabV3.",
@@ -289,6 +305,103 @@ def demo(
         run_demo(out, console)
     except OSError as error:
         _fail(str(error))
+
+
+@app.command()
+def tune(
+    depth: Depth = 50,
+    output_stride: OutputStride = 8,
+    classes: Classes = 21,
+    size: Size = "512x512",
+    batch_size: BatchSize = 1,
+    dtype: DType = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A checkpoint, whose network is tuned in place of the above.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of measuring at most; compiling comes on top.")] = 60.0,
+    again: Annotated[bool, typer.Option("--again", help="Measure what was measured earlier, too.")] = False,
+    device: Device = None,
+) -> None:
+    """Measure, once per GPU and shape, which kernel or library call is the fastest for each layer of a network.
+
+    The measurements are kept in the user's cache directory, and decide from then on wherever such a layer runs.
+    """
+    place = _usable_device(device)
+    network = _network(depth, output_stride, classes, size, batch_size, dtype, place)
+    try:
+        model = load(weights, aux_head=False) if weights else network.structure()
+        fast = accelerate(model.to(place), dtype=network.dtype)
+        images = torch.randn(network.batch, fast.config["in_channels"], *network.size, device=place)
+        console.print(str(fast.tune(images, seconds=seconds, again=again, progress=True)))
+    except KeyboardInterrupt:
+        stderr.print("interrupted: the layers that were measured are kept")
+        raise typer.Exit(130) from None
+    except (CheckpointError, ValueError, OSError, RuntimeError) as error:
+        _fail(str(error))
+
+
+@app.command()
+def verify(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer dtypes and tile choices.")] = False,
+    device: Device = None,
+) -> None:
+    """Compare every kernel and tile choice that can run here with fp64, then the whole network.
+
+    The exit status is 1 if something is wrong or fails. What can't run here is listed with the reason.
+    """
+    from fastdeeplab.verify import run_verify
+
+    if not run_verify(console, _usable_device(device), quick=quick):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    depth: Depth = 50,
+    output_stride: OutputStride = 8,
+    classes: Classes = 21,
+    size: Size = "512x512",
+    batch_size: BatchSize = 1,
+    dtype: DType = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Under two minutes: a size and batch for that, few repeats.")
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also show what each layer takes.")] = False,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append a row for each rival.", show_default=False)
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="How long to repeat each rival.")] = 2.0,
+    device: Device = None,
+) -> None:
+    """Measure images to masks against torchvision's DeepLabV3, eager and compiled, on this machine.
+
+    The masks are compared before anything is timed. A rival that fails or is wrong is named with the reason.
+    """
+    from fastdeeplab.bench import run_bench
+
+    _require(seconds > 0, "--seconds must be positive", seconds)
+    place = _usable_device(device)
+    network = _network(depth, output_stride, classes, size, batch_size, dtype, place)
+    try:
+        run_bench(console, network, place, quick=quick, csv=csv, profile=profile, seconds=seconds)
+    except KeyboardInterrupt:
+        stderr.print("interrupted")
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(str(error))
+
+
+def _network(
+    depth: int, output_stride: int, classes: int, size: str, batch_size: int, dtype: str | None, device: torch.device
+) -> Network:
+    height, _, width = size.lower().partition("x")
+    _require(height.isdecimal() and width.isdecimal(), "--size must be HEIGHTxWIDTH, such as 512x1024", size)
+    name = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    _require(name in DTYPES, f"--dtype must be {_listing(DTYPES)}", name)
+    try:
+        return Network(depth, output_stride, classes, (int(height), int(width)), batch_size, DTYPES[name])
+    except ValueError as error:
+        _fail(f"--{error}")
 
 
 @app.command()

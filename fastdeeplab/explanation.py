@@ -47,7 +47,7 @@ def explain(module: nn.Module, images: Tensor | None = None) -> str:
 @torch.no_grad()
 def _layers(module: nn.Module, images: Tensor) -> Rows:
     rows: Rows = []
-    with _in_eval_mode(module), kernels.recording() as found, _names_of_calls(module, found) as names:
+    with _in_eval_mode(module), kernels.recording() as found, names_of_calls(module, found) as names:
         module(images)
     for (layer, decision), name in zip(found, names, strict=True):
         rows.append((name, layer.function, str(layer), decision.impl, decision.why))
@@ -65,7 +65,7 @@ def _in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _names_of_calls(module: nn.Module, found: Sequence[object]) -> Iterator[list[str]]:
+def names_of_calls(module: nn.Module, found: Sequence[object]) -> Iterator[list[str]]:
     """For each entry that a call appends to ``found``, the innermost module that was running."""
     names: list[str] = []
 

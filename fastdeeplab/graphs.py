@@ -18,15 +18,14 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from fastdeeplab.kernels import decisions
+from fastdeeplab import kernels
 
 Shape = tuple[int, ...]
 Compute = Callable[[Tensor], Tensor]
 WARM_UP_RUNS = 3  # in which Triton compiles and cuDNN chooses
 
-_one_at_a_time = (
-    threading.Lock()
-)  # of all models: a process can capture one thing at a time, and launch nothing meanwhile
+# Of all models: a process can capture one thing at a time, and launch nothing meanwhile.
+_one_at_a_time = threading.Lock()
 
 
 class Graphs:
@@ -173,7 +172,7 @@ def _is_size(value: object) -> bool:
 def _is_watched(images: Tensor) -> bool:
     """Whether the run is traced, recorded layer by layer or captured by the caller: a replay would not be seen."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if tracing or decisions._recorded.get() is not None:
+    if tracing or kernels.is_recording():
         return True
     if images.device.type != "cuda":
         return False

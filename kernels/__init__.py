@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import checks, library, ops
 from .choice import Choice, choose, why_not_kernel_size
-from .decisions import recording
+from .decisions import is_recording, recording
 
 FUNCTIONS = (  # those that have a Triton kernel
     "conv_bn_relu",
@@ -31,6 +31,7 @@ __all__ = [
     "aspp_projection",
     "choose",
     "conv_bn_relu",
+    "is_recording",
     "ops",
     "recording",
     "upsample_argmax",

@@ -50,6 +50,11 @@ def recording() -> Iterator[list[tuple[Layer, Decision]]]:
         _recorded.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether somebody wants to know which layers run."""
+    return _recorded.get() is not None
+
+
 def record(layer: Layer, decision: Decision) -> None:
     if (found := _recorded.get()) is not None:
         found.append((layer, decision))
