@@ -155,11 +155,10 @@ def fused(layers: Sequence[roofline.Layer], dtype: torch.dtype) -> Iterator[tupl
             shape = (found.N, found.C_in - pooled, found.H, found.W)
             yield found.name, Layer.of("aspp_projection", shape, (found.C_out, shape[1], 1, 1), dtype)
         elif found.stage != roofline.BRANCHES:
-            aligned = all(channels * dtype.itemsize % 16 == 0 for channels in (found.C_in, found.C_out))
             yield found.name, Layer.of(
                 "conv_bn_relu", shape, weight, dtype, stride=found.stride,
                 padding=found.dilation * (found.kernel // 2), dilations=(found.dilation,),
-                residual=found.residual, relu=found.relu, aligned=aligned,
+                residual=found.residual, relu=found.relu,
             )  # fmt: skip
         elif found is branches[-1]:
             rates = tuple(layer.dilation for layer in branches if layer.kernel == 3)

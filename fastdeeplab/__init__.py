@@ -1,4 +1,4 @@
-"""DeepLabV3 for PyTorch, made fast by handwritten Triton kernels."""
+"""DeepLabV3 for PyTorch, with handwritten Triton kernels."""
 
 from fastdeeplab.accelerate import AcceleratedModel, accelerate
 from fastdeeplab.checkpoint import CheckpointError, load_weights

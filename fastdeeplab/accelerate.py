@@ -1,4 +1,4 @@
-"""A trained model to a frozen, faster copy of it: batch norms folded, weights cast, kernels on.
+"""A trained model to a frozen copy of it that takes fewer passes: batch norms folded, weights cast, kernels on.
 
 The copy consists of the same module classes. A batch norm after a convolution multiplies each channel by a scale and
 adds a shift. The scale goes into the convolution's weight, in fp64 and rounded once; the shift stays, in fp32, and is

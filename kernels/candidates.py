@@ -50,8 +50,8 @@ TILES: tuple[
 )
 # Full fp32 products are not the tensor cores': operands pass through registers, of which larger tiles have none left.
 IEEE_TILES: tuple[Row, ...] = ((ALL, Tile("pointer", 64, 64, 16, num_warps=4, num_stages=3)),)
-# Rows that are no multiple of 16 bytes are read or written value by value, which takes many registers, too.
-ODD_TILES: tuple[Row, ...] = ((ALL, Tile("pointer", 64, 32, 32, num_warps=4, num_stages=3)),)
+# Rows that do not begin at multiples of 16 bytes are read or written value by value, which takes many registers, too.
+ODD_TILES: tuple[Row, ...] = ((ALL, Tile("pointer", 64, 32, 16, num_warps=4, num_stages=3)),)
 SPLITS = (1, 2, 4, 8)
 MIN_STEPS = 4  # of the K loop, in each split
 DEFAULT_FORM = "conv_pointwise"  # of the library, where nothing was measured
@@ -223,7 +223,7 @@ def tiles_for(layer: Layer, capability: tuple[int, int]) -> tuple[Tile, ...]:
         return ()
     found = []
     table = TILES
-    if layer.C * itemsize % 16 or layer.C_out * itemsize % 16:
+    if not layer.aligned or layer.C * itemsize % 16 or layer.C_out * itemsize % 16:
         table = ODD_TILES
     elif layer.precision == "ieee" and layer.dtype == torch.float32:
         table = IEEE_TILES

@@ -310,7 +310,7 @@ def _launch(
             SLOTS=triton.next_power_of_2(9 * len(weights)), UNIT=unit, UNIT_OUT=unit_out, PRECISION=precision,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN_K=C % tile.block_k == 0,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
-            maxnreg=REGISTERS if tile.block_m * tile.block_n <= 64 * 64 else None,
+            maxnreg=REGISTERS if tile.block_m * tile.block_n == 64 * 64 else None,
         )  # fmt: skip
     if sums is not None:
         add_splits(sums, scale, shift, residual, out, relu=relu)

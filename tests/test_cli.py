@@ -546,3 +546,61 @@ def test_info_finds_published_weights_in_the_cache(tmp_path: Path, monkeypatch: 
 def test_suffixes_are_those_of_formats_that_can_be_read() -> None:
     Image.init()
     assert {Image.EXTENSION[suffix] for suffix in cli.SUFFIXES} == set(pictures.FORMATS)
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "200"})
+
+
+def test_tune_where_no_kernel_runs(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDEEPLAB_KERNELS", "torch")
+    result = run("tune", "--weights", str(weights), "--size", "33x40", "--device", "cpu")
+    assert result.exit_code == 0
+    assert "nothing to tune: FASTDEEPLAB_KERNELS=torch" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tune", "--size", "33"), "--size must be HEIGHTxWIDTH"),
+        (("tune", "--size", "0x33"), "--size must be two positive numbers"),
+        (("tune", "--depth", "18"), "--depth must be 50, 101 or 152"),
+        (("bench", "--dtype", "float64"), "--dtype must be float32, float16, bfloat16"),
+        (("bench", "--seconds", "0"), "--seconds must be positive"),
+        (("bench", "--batch-size", "0"), "--batch must be at least 1"),
+        (("tune", "--weights", "nothing.pth", "--size", "33x33"), "nothing.pth"),
+        (("verify", "--device", "abacus"), "--device abacus can't be used"),
+    ],
+)
+def test_wrong_options_of_measuring(arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_status_of_verify(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def run_verify(console: object, device: torch.device, *, quick: bool) -> bool:
+        asked.append((device.type, quick))
+        return right
+
+    monkeypatch.setattr("fastdeeplab.verify.run_verify", run_verify)
+    assert run("verify", "--quick", "--device", "cpu").exit_code == (0 if right else 1)
+    assert asked == [("cpu", True)]
+
+
+def test_what_bench_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def run_bench(console: object, network: object, device: torch.device, **options: object) -> None:
+        asked.append((str(network), options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastdeeplab.bench.run_bench", run_bench)
+    path = tmp_path / "rows.csv"
+    result = run("bench", "--size", "64x96", "--batch-size", "2", "--profile", "--csv", str(path), "--device", "cpu")
+    assert result.exit_code == 130
+    expected = {"quick": False, "csv": path, "profile": True, "seconds": 2.0}
+    assert asked == [("R50 OS8 64x96 B2 K=21", expected)]

@@ -40,6 +40,13 @@ SANITIZED = [
 channels_last = partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
 
 
+def as_shipped(tile: Tile, dtype: torch.dtype) -> Tile:
+    """TILES are listed for elements of two bytes, the others for all."""
+    if tile.block_k <= 16:
+        return tile
+    return tile._replace(block_k=2 * tile.block_k // dtype.itemsize)
+
+
 class Convolution:
     """Random arguments of one fused convolution, and what surrounds them."""
 
@@ -73,7 +80,7 @@ class Convolution:
         self.out = channels_last(torch.full((shape[0], C_out, *size), torch.nan, dtype=dtype, device=device))
 
     def launch(self, tile: Tile = SMALL, precision: str = "ieee") -> Tensor:
-        tile = tile._replace(block_k=2 * tile.block_k // self.x.dtype.itemsize)
+        tile = as_shipped(tile, self.x.dtype)
         arguments = (self.x, self.weight, self.scale, self.shift, self.residual, self.out)
         conv.conv_bn_relu(*arguments, **self.options, tile=tile, precision=precision)  # type: ignore[arg-type]
         return self.out
@@ -301,7 +308,7 @@ class Branches:
         )
 
     def launch(self, tile: Tile) -> Tensor:
-        tile = tile._replace(block_k=2 * tile.block_k // self.x.dtype.itemsize)
+        tile = as_shipped(tile, self.x.dtype)
         conv.aspp_branches(
             self.x, self.weights, self.scale, self.shift, self.out, rates=self.rates, tile=tile, precision="ieee"
         )
@@ -385,7 +392,9 @@ def test_no_stray_access(layer: dict[str, Any], splits: int, device: torch.devic
     assert_kept([*buffers, buffer])
 
 
-def test_no_stray_access_by_the_branches(device: torch.device) -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["cut", "whole"])
+def test_no_stray_access_by_the_branches(whole: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv, "is_whole", lambda N, H, W, dilation, block_m: whole and dilation < max(H, W))
     branches = Branches(device, torch.float16, (2, 24, 7, 9), 40, (2, 5))
     expected = branches.launch(SKIP).clone()
     branches.x = banded(branches.x, torch.nan)[0]
@@ -394,6 +403,24 @@ def test_no_stray_access_by_the_branches(device: torch.device) -> None:
     branches.scale, branches.shift = banded(branches.scale, torch.nan)[0], banded(branches.shift, torch.nan)[0]
     branches.out, buffer = banded(torch.full_like(branches.out, torch.nan), 77)
     assert torch.equal(branches.launch(SKIP), expected)
+    assert_kept([buffer])
+
+
+def test_no_stray_access_by_the_projection(device: torch.device) -> None:
+    layer = Convolution(device, torch.float16, (5, 72, 3, 5), 24, kernel=1)
+    shift = torch.randn(5, 24, device=device)
+
+    def launch() -> Tensor:
+        arguments = (layer.x, shift, layer.weight, layer.scale, layer.out)
+        conv.aspp_projection(*arguments, tile=SMALL, precision="ieee")
+        return layer.out
+
+    expected = launch().clone()
+    shift = banded(shift, torch.nan)[0]
+    for name in ("x", "weight", "scale"):
+        setattr(layer, name, banded(getattr(layer, name), torch.nan)[0])
+    layer.out, buffer = banded(torch.full_like(layer.out, torch.nan), 77)
+    assert torch.equal(launch(), expected)
     assert_kept([buffer])
 
 
