@@ -24,6 +24,8 @@ from fastdeeplab.kernels.tuning import (
 )
 from torch import Tensor
 
+from fastdeeplab.accelerate import CLASSES_MULTIPLE
+
 Record = Callable[..., None]  # the fixture of conftest.py
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,7 +151,10 @@ def fused(layers: Sequence[roofline.Layer], dtype: torch.dtype) -> Iterator[tupl
     """A network's convolutions as the kernels see them, ASPP's branches as one, with their modules' names."""
     branches = [layer for layer in layers if layer.stage == roofline.BRANCHES]
     for found in layers:
-        shape, weight = (found.N, found.C_in, found.H, found.W), (found.C_out, found.C_in, found.kernel, found.kernel)
+        C_out = found.C_out
+        if found.name == CLASSIFIER:  # as an accelerated model pads it
+            C_out += -C_out % CLASSES_MULTIPLE
+        shape, weight = (found.N, found.C_in, found.H, found.W), (C_out, found.C_in, found.kernel, found.kernel)
         if found.name == "classifier.0.project.0":
             pooled = found.C_in // (len(branches) + 1)
             shape = (found.N, found.C_in - pooled, found.H, found.W)

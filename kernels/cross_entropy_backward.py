@@ -22,9 +22,7 @@ from torch import Tensor
 
 from .tiles import BLOCK, LOG2_E, check_programs, chunk_geometry, chunk_tiles, class_logits, load_pixels, load_target
 
-# Of a thread of the first kernel: three blocks on a multiprocessor, two with smoothed class weights. Left to itself,
-# ptxas aims at 96 for some ratios and spills.
-REGISTERS, REGISTERS_SMOOTHED_WEIGHTS = 168, 224
+REGISTERS = 224  # of a thread of the first kernel; left to itself, ptxas aims at 96 for some ratios and spills
 BLOCK_P, BLOCK_K = 64, 16  # low-resolution pixels and classes of a program of the second kernel
 SCRATCH_BYTES = 64 << 20
 
@@ -168,7 +166,6 @@ def cross_entropy_backward(
     slab = min(K, max(1, SCRATCH_BYTES // (16 * programs * BLOCK)))
     shares = torch.empty((slab, 4, programs * BLOCK), dtype=torch.float32, device=logits.device)
     weight_sum = None if weight is None else weight.sum()
-    registers = REGISTERS if weight is None or not label_smoothing else REGISTERS_SMOOTHED_WEIGHTS
     with torch.cuda.device_of(logits):
         for k_start in range(0, K, slab):
             k_end = min(k_start + slab, K)
@@ -176,7 +173,7 @@ def cross_entropy_backward(
                 logits, target, weight, weight_sum, softmax, shares,
                 K, h, w, *target.shape[1:], k_start=k_start, k_end=k_end,
                 ignore_index=ignore_index, label_smoothing=label_smoothing, SMOOTH=label_smoothing > 0,
-                **tiles, maxnreg=registers, enable_fp_fusion=True,
+                **tiles, maxnreg=REGISTERS, enable_fp_fusion=True,
             )  # fmt: skip
             grid = (N * triton.cdiv(h * w, BLOCK_P) * triton.cdiv(k_end - k_start, BLOCK_K),)
             add_shares_kernel[grid](

@@ -19,6 +19,9 @@ from fastdeeplab.kernels.measure import largest_error
 from fastdeeplab.kernels.tuning import Times, fastest, tile_choices, tile_name
 from torch import Tensor
 
+import fastdeeplab as fdl
+from fastdeeplab import kernels
+
 CPU = torch.device("cpu")
 H200 = Gpu("NVIDIA H200", (9, 0), 132)
 LAYER = Layer.of("conv_bn_relu", (1, 8, 5, 6), (16, 8, 1, 1), torch.float32, residual=True)
@@ -392,3 +395,13 @@ def test_tuning_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert row.layer == replace(CASES[1].layer, dtype=torch.float16)
     assert row.tile == listed[1]
     assert 0 < row.form_us < row.tile_us < math.inf
+
+
+def test_the_layers_that_are_tuned_are_those_that_run() -> None:
+    """Else no row of the shipped table would ever be found."""
+    fast = fdl.accelerate(fdl.ResNetModel(50, aux_head=False))
+    with kernels.recording() as found:
+        fast.logits(torch.randn(1, 3, 520, 520))
+    served = {replace(layer, precision="tf32") for layer, _ in found if layer.kernel in ((1, 1), (3, 3))}
+    tuned = {case.layer for case in cases.network_convolutions(torch.float32)}
+    assert {layer for layer in served if layer.H * layer.W > 1} <= tuned  # the pooled branch is one pixel
