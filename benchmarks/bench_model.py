@@ -229,7 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for network in networks_of_the_aims(dtype) if options.all else [one]:
             rivals = chosen_rivals(network, device, options.rivals)
-            measure_network(network, device, file, seconds=options.seconds, tune=options.tune, rivals=rivals)
+            try:
+                measure_network(network, device, file, seconds=options.seconds, tune=options.tune, rivals=rivals)
+            except torch.OutOfMemoryError as error:
+                print(f"{network} is left out: {str(error).splitlines()[0]}", flush=True)
+                continue
             if options.profile:
                 fast = fdl.accelerate(network.build(device), dtype=dtype)
                 print_profile(time_operations(fast, network.images(device)), device)

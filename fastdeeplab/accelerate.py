@@ -53,7 +53,8 @@ def accelerate(
     with torch.no_grad():
         for name, conv, norm_name in list(_convolutions(fast)):
             source.copy_geometry(name, conv)
-            weight, affine = _fold(source.conv(name), *source.affine(name, norm_name), dtype)
+            keeps_scale = norm_name is not None  # the classifier has nothing that could
+            weight, affine = _fold(source.conv(name), *source.affine(name, norm_name), dtype, keeps_scale)
             conv.weight = nn.Parameter(weight, requires_grad=False)
             conv.bias = None
             if norm_name is None:
@@ -71,8 +72,8 @@ class AcceleratedModel(ResNetModel):
     autocast. Hooks on convolutions, batch norms and ReLUs inside are not called; those on blocks, stages and heads are.
 
     ``copy.deepcopy``, ``pickle`` and ``.to(device)`` work. ``state_dict`` holds the folded weights, for another
-    accelerated copy of the same network. ``.half()`` and ``.to(dtype)`` round the folded weights a second time, and the
-    shifts too: ``accelerate(model, dtype=...)`` is more accurate. ``train()`` raises.
+    accelerated copy of the same network. ``.half()`` and ``.to(dtype)`` round the folded weights a second time, where
+    ``accelerate(model, dtype=...)`` rounds once; shifts stay fp32. ``train()`` raises.
     """
 
     _graphs: Graphs | None = None  # none in a copy either, nor after unpickling
@@ -174,7 +175,8 @@ class AcceleratedModel(ResNetModel):
     def tune(self, images: Tensor, *, seconds: float = 60.0, again: bool = False, progress: bool = False) -> Tuned:
         """Measure, once per GPU and shape, what is the fastest for each layer of a run on ``images``, and keep it.
 
-        From then on each layer runs the kernel or the form of PyTorch's that was the fastest. Captured graphs, which
+        From then on each convolution runs the kernel or the form of PyTorch's that was the fastest; PyTorch's are timed
+        with ``torch.backends.cudnn.benchmark`` on, which is off by default: turn it on, too. Captured graphs, which
         hold what was decided before, are dropped. ``progress`` shows a bar on stderr; the rest is said of
         ``fastdeeplab.tuner.tune_network``, errors too.
         """
@@ -297,14 +299,16 @@ def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d, str | None
             yield name, module, next_name if isinstance(following, _BatchNorm) else None
 
 
-def _fold(conv: nn.Conv2d, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> tuple[Tensor, FoldedBatchNorm]:
+def _fold(
+    conv: nn.Conv2d, scale: Tensor, shift: Tensor, dtype: torch.dtype, keeps_scale: bool = True
+) -> tuple[Tensor, FoldedBatchNorm]:
     """The convolution's weight with the scale in it, in ``dtype``, and the rest.
 
     Weights outside fp16's range, of variances near 0 or tiny gammas, keep a power of two as their channel's scale.
     """
     weight = conv.weight.double() * scale[:, None, None, None]
     rest = None
-    if dtype == torch.float16:
+    if dtype == torch.float16 and keeps_scale:
         largest = weight.abs().amax((1, 2, 3))
         if bool(((largest > 0) & ((largest < FP16_SAFE[0]) | (largest > FP16_SAFE[1]))).any()):
             rest = torch.exp2(torch.where(largest > 0, largest, 1).log2().floor())

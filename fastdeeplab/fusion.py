@@ -5,7 +5,7 @@ those of all batch norms together by a few multi-tensor operations: nothing is k
 frozen model the scale is folded into the convolution's weight, and ``FoldedBatchNorm`` holds what is left.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,16 @@ class FoldedBatchNorm(nn.Module):
         self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
 
     def affine(self) -> tuple[Tensor | None, Tensor]:
-        return None if self.scale is None else self.scale.float(), self.shift.float()
+        return self.scale, self.shift
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move to other devices, and stay fp32."""
+        before = {name: parameter.data for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, parameter in self.named_parameters():
+            if parameter.dtype != torch.float32:
+                parameter.data = before[name].to(parameter.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         scale, shift = self.affine()

@@ -154,6 +154,16 @@ def test_folded_weights_that_half_precision_can_not_hold_keep_a_scale(factor: fl
     assert folded.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_class_with_tiny_weights(dtype: torch.dtype) -> None:
+    """As weight decay leaves one that no picture has: the classifier has no scale that could be kept."""
+    model, images = trained(), torch.randn(1, 3, 33, 33)
+    model.classifier[4].weight.data[7] *= 1e-3
+    model.classifier[4].weight.data[9] *= 1e-9
+    fast = fdl.accelerate(model, dtype=dtype)
+    assert relative_error(fast(images)["out"], exact_logits(model, images)) < {torch.float32: 1e-5}.get(dtype, 0.01)
+
+
 def test_kernels_and_layers_take_scales_that_were_kept(device: torch.device) -> None:
     model, images = trained().to(device), torch.randn(1, 3, 33, 33, device=device)
     for name in ("backbone.layer1.0.bn2", "backbone.layer2.0.downsample.1", "classifier.0.convs.1.1"):
@@ -231,7 +241,9 @@ def test_casting_rounds_once_more() -> None:
     model, images = trained(), torch.randn(1, 3, 33, 33)
     exact = exact_logits(model, images)
     fast = fdl.accelerate(model)
+    shift = fast.backbone.bn1.shift.clone()
     assert fast.half()(images)["out"].dtype == torch.float16
+    assert torch.equal(fast.backbone.bn1.shift, shift)
     assert relative_error(fast(images)["out"], exact) < 0.01
     assert fast.to("cpu", torch.float32)(images.double())["out"].dtype == torch.float32
 
