@@ -15,7 +15,7 @@ demo: .venv/.demo  ## Segment three photographs into demo-output/
 test: .venv/.test  ## Run the tests
 	$(BIN)/python -m pytest
 
-lint: .venv/.lint  ## Check format, style and types
+lint: .venv/.test .venv/.lint  ## Check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 # The package as it is installed: type checkers can't follow the mapping of kernels/ to fastdeeplab.kernels.

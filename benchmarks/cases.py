@@ -25,6 +25,7 @@ from fastdeeplab.kernels.tuning import (
 from torch import Tensor
 
 from fastdeeplab.accelerate import CLASSES_MULTIPLE
+from fastdeeplab.rivals import short_name
 
 Record = Callable[..., None]  # the fixture of conftest.py
 
@@ -33,10 +34,6 @@ CLASSES = (19, 21, 150)  # Cityscapes, Pascal VOC, ADE20K
 
 # The head gives channels_last bf16; NCHW is what other callers may have, fp32 what they train in.
 LOGITS = ((torch.bfloat16, "channels_last"), (torch.bfloat16, "NCHW"), (torch.float32, "channels_last"))
-
-
-def short_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdeeplab.backbone import LAYERS
-from fastdeeplab.fusion import Affine, FoldedBatchNorm
+from fastdeeplab.fusion import Affine, FoldedBatchNorm, is_served
 from fastdeeplab.graphs import Graphs, Recorder, check_device, check_lazy, check_shapes
 from fastdeeplab.kernels.choice import DTYPES
 from fastdeeplab.model import Kernels, ResNetModel, upsample_logits
@@ -255,9 +255,7 @@ class _Source:
         conv = self.part(name)
         if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
             self.fail(f"{name} is a {type(conv).__name__}, not a Conv2d")
-        geometry = (conv.stride, conv.padding, conv.dilation)
-        same_both_ways = all(not isinstance(pair, str) and pair[0] == pair[1] for pair in geometry)
-        if conv.groups != 1 or conv.padding_mode != "zeros" or not same_both_ways:
+        if not is_served(conv):
             self.fail(f"{name} is {conv}: groups, other padding than zeros, and sizes that differ are not known")
         return conv
 

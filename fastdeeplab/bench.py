@@ -27,7 +27,7 @@ from fastdeeplab import kernels
 from fastdeeplab.accelerate import AcceleratedModel, accelerate
 from fastdeeplab.explanation import names_of_calls
 from fastdeeplab.kernels.candidates import Layer
-from fastdeeplab.kernels.measure import Call, Measurement, measure, peak_memory
+from fastdeeplab.kernels.measure import Call, Measurement, measure, peak_memory, percentiles, wall_clock
 from fastdeeplab.rivals import Network, Oracle, Predict, Rival, one_line, rivals_of, short_name, torchvision_obstacle
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _in_turns(rivals: Sequence[Rival], oracle: Oracle, seconds: float, progress:
             call = _bind(rival.build(oracle.model, images), images)
             errors[rival] = oracle.check(call(), rival.dtype)
             peaks[rival] = peak_memory(call, oracle.images.device)
-            estimates[rival] = _wall_clock(call)
+            estimates[rival] = wall_clock(call)
             calls[rival] = call
         except Exception as failed:
             yield rival, failed.with_traceback(None)
@@ -175,12 +175,12 @@ def _in_turns(rivals: Sequence[Rival], oracle: Oracle, seconds: float, progress:
             progress(f"round {number + 1} of {rounds}", (len(rivals) + 1 + MIN_ROUNDS * number / rounds) / steps)
             order = [*calls][number % len(calls) :] + [*calls][: number % len(calls)]
             for rival in order:
-                times[rival].append(_wall_clock(calls[rival]))
+                times[rival].append(wall_clock(calls[rival]))
     except KeyboardInterrupt as interrupt:
         stopped = interrupt
     for rival, found in times.items():
         if len(found) >= 2:
-            p20, p50, p80 = _percentiles(found)
+            p20, p50, p80 = percentiles(found)
             yield rival, Measurement(p20, p50, p80, len(found), int(peaks[rival]), errors[rival])
     if stopped:
         raise stopped
@@ -195,17 +195,6 @@ def _rounds(round_milliseconds: float, seconds: float) -> int:
     if not round_milliseconds:
         return 0
     return min(max(int(1000 * seconds / round_milliseconds), MIN_ROUNDS), MAX_ROUNDS)
-
-
-def _wall_clock(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return 1000 * (time.perf_counter() - start)
-
-
-def _percentiles(times: Sequence[float]) -> tuple[float, float, float]:
-    p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
-    return p20, statistics.median(times), p80
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

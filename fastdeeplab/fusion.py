@@ -111,6 +111,13 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def is_served(conv: nn.Conv2d) -> bool:
+    """Whether the kernels have a convolution's geometry: no groups, zeros as padding, the same along both axes."""
+    pairs = (conv.stride, conv.padding, conv.dilation)
+    same_both_ways = all(not isinstance(pair, str) and pair[0] == pair[1] for pair in pairs)
+    return conv.groups == 1 and conv.padding_mode == "zeros" and same_both_ways
+
+
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a call of the kernels does the same."""
     if type(layer) not in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU):
@@ -118,9 +125,7 @@ def _is_plain(layer: nn.Module) -> bool:
     if layer._forward_hooks or layer._forward_pre_hooks:
         return False
     if isinstance(layer, nn.Conv2d):
-        pairs = (layer.stride, layer.padding, layer.dilation)
-        same_both_ways = all(not isinstance(pair, str) and pair[0] == pair[1] for pair in pairs)
-        return layer.groups == 1 and layer.padding_mode == "zeros" and same_both_ways
+        return is_served(layer)
     if isinstance(layer, _BatchNorm):
         return not layer.training and layer.running_mean is not None and layer.running_var is not None
     return True

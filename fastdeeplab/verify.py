@@ -33,6 +33,7 @@ from fastdeeplab.kernels.tuning import (
     tolerance,
 )
 from fastdeeplab.model import ResNetModel, upsample_logits
+from fastdeeplab.rivals import layer_by_layer, short_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -225,7 +226,7 @@ def _obstacles(device: torch.device) -> Iterator[_Subject]:
             dtypes.setdefault(why, []).append(dtype)
     for why, those in dtypes.items():
         for function in kernels.FUNCTIONS:
-            yield _Subject(function, "the Triton kernel", ", ".join(map(_name, those)), partial(can_not_run, why))
+            yield _Subject(function, "the Triton kernel", ", ".join(map(short_name, those)), partial(can_not_run, why))
 
     able = [dtype for dtype in DTYPES if not _why_no_kernels(device, dtype)]
     if able:
@@ -255,9 +256,9 @@ def _argmax_subjects(device: torch.device, quick: bool) -> Iterator[_Subject]:
         ]
     for dtype in DTYPES:
         for shape, size, index in shapes[:1] if quick else shapes:
-            what = f"{_times(shape)}->{_times(size)} {_name(index)}"
+            what = f"{_times(shape)}->{_times(size)} {short_name(index)}"
             trials = partial(_argmax_trials, shape, size, index, dtype, device)
-            yield _Subject("upsample_argmax", what, _name(dtype), trials)
+            yield _Subject("upsample_argmax", what, short_name(dtype), trials)
 
 
 def _argmax_trials(
@@ -329,7 +330,7 @@ def _loss_subjects(device: torch.device, quick: bool) -> Iterator[_Subject]:
             for part in ("loss", "gradient"):
                 what = f"{part}, {_times(shape)}->{_times(size)} {options['reduction']}"
                 trials = partial(_loss_trials, part, shape, size, options, dtype, device)
-                yield _Subject("upsample_cross_entropy", what, _name(dtype), trials)
+                yield _Subject("upsample_cross_entropy", what, short_name(dtype), trials)
 
 
 def _loss_trials(
@@ -493,13 +494,13 @@ def _network_trials(
 ) -> list[_Trial]:
     model = _random_network(config).to(device)
     images = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(1))
-    expected = _layer_by_layer(model, images, torch.float64)
+    expected = _logits(model, images, torch.float64)
     if part == "mask":
         limit = 0.0  # pixels
     elif dtype == torch.float32:
         limit = TF32_LIMIT if convolution_precision(device) == "tf32" else NETWORK_LIMIT
     else:
-        limit = NETWORK_FACTOR * relative_error(_layer_by_layer(model, images, dtype), expected)
+        limit = NETWORK_FACTOR * relative_error(_logits(model, images, dtype), expected)
 
     def error(fast: AcceleratedModel) -> float:
         logits = fast(images, upsample=False)["out"]
@@ -544,11 +545,9 @@ def _random_network(config: dict[str, Any]) -> ResNetModel:
     return model.eval()
 
 
-def _layer_by_layer(model: ResNetModel, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """The logits by PyTorch's own layers, which run where gradients are enabled."""
-    model = copy.deepcopy(model).to(dtype).requires_grad_(False)
-    with torch.enable_grad():
-        return model.logits(images.to(dtype))["out"]
+def _logits(model: ResNetModel, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """By PyTorch's own layers."""
+    return layer_by_layer(copy.deepcopy(model).to(dtype).requires_grad_(False), images.to(dtype))
 
 
 # What several of them need
@@ -568,11 +567,7 @@ def _soil(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Non
 
 def _convolution_dtype(dtype: torch.dtype, device: torch.device) -> str:
     tf32 = dtype == torch.float32 and convolution_precision(device) == "tf32"
-    return f"{_name(dtype)} (TF32)" if tf32 else _name(dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return f"{short_name(dtype)} (TF32)" if tf32 else short_name(dtype)
 
 
 def _times(sizes: Sequence[int]) -> str:

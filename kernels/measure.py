@@ -109,10 +109,10 @@ def measure(
         call()
     peak = peak_memory(call, device)
     if timer is None:
-        timer = _DeviceTimer(device, call) if device.type == "cuda" else _wall_clock
+        timer = _DeviceTimer(device, call) if device.type == "cuda" else wall_clock
     estimate = statistics.median(timer(call) for _ in range(3))
     repeats = min(max(int(1000 * seconds / max(estimate, 1e-6)), MIN_REPEATS), MAX_REPEATS)
-    p20, p50, p80 = _percentiles([timer(call) for _ in range(repeats)])
+    p20, p50, p80 = percentiles([timer(call) for _ in range(repeats)])
     return Measurement(p20, p50, p80, repeats, peak, found)
 
 
@@ -152,12 +152,14 @@ def _device(inputs: Sequence[Any]) -> torch.device:
     raise ValueError(f"inputs must hold a tensor, got {[type(value).__name__ for value in inputs]}")
 
 
-def _percentiles(times: Sequence[float]) -> tuple[float, float, float]:
+def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th."""
     p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
     return p20, statistics.median(times), p80
 
 
-def _wall_clock(call: Call) -> float:
+def wall_clock(call: Call) -> float:
+    """Milliseconds of a call on a CPU."""
     start = time.perf_counter()
     call()
     return 1000 * (time.perf_counter() - start)
@@ -171,7 +173,7 @@ class _DeviceTimer:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self.buffer = torch.zeros(4 * cache // 4, device=device)  # fp32
         torch.cuda.synchronize(device)
-        launching = _wall_clock(call)
+        launching = wall_clock(call)
         torch.cuda.synchronize(device)
         self.reads = 1
         reading = statistics.median(self(lambda: self.buffer.sum()) for _ in range(5))

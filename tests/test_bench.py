@@ -137,7 +137,7 @@ def test_a_wrong_mask_is_not_timed(
     change: Callable[[Tensor], Tensor], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[str] = []
-    monkeypatch.setattr(bench_module, "_wall_clock", lambda call: timed.append("once") or 1.0)
+    monkeypatch.setattr(bench_module, "wall_clock", lambda call: timed.append("once") or 1.0)
     (found,) = bench(NETWORK, CPU, rivals=[changed("wrong", change)])
     assert found.measurement is None
     assert re.search(reason, found.reason), found.reason
@@ -201,7 +201,7 @@ def test_stopped_by_ctrl_c_what_was_timed_comes_first(monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
         return float(calls)
 
-    monkeypatch.setattr(bench_module, "_wall_clock", interrupted)
+    monkeypatch.setattr(bench_module, "wall_clock", interrupted)
     found: list[Result] = []
     with pytest.raises(KeyboardInterrupt):
         found.extend(bench(NETWORK, CPU, rivals=[live("one"), live("other")]))
