@@ -9,7 +9,7 @@ CODEGEN_VERSIONS := 3.6.0 3.9.0
 help:  ## List the targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | column -t -s '|'
 
-demo: .venv/.demo  ## Segment three photographs into demo-output/
+demo: .venv/.demo  ## Segment three pictures into demo-output/
 	$(BIN)/fastdeeplab demo --out demo-output
 
 test: .venv/.test  ## Run the tests
@@ -24,8 +24,8 @@ lint: .venv/.test .venv/.lint  ## Check format, style and types
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastdeeplab
 
 codegen: .venv/.test $(CODEGEN_VERSIONS:%=.venv-triton-%/.done)  ## Compile every kernel for every architecture, with each supported triton
-	$(BIN)/python tests/codegen.py
-	for version in $(CODEGEN_VERSIONS); do .venv-triton-$$version/bin/python tests/codegen.py || exit 1; done
+	$(BIN)/python tests/codegen.py --thorough
+	for version in $(CODEGEN_VERSIONS); do .venv-triton-$$version/bin/python tests/codegen.py --thorough || exit 1; done
 
 clean:  ## Remove the virtual environment and everything built
 	rm -rf .venv .venv-triton-* build *.egg-info demo-output

@@ -4,11 +4,13 @@ From the repository's root. It runs ``fastdeeplab.bench``, appends a CSV row per
 prints a table with each rival's share of the floor, and the ratios that are aimed at. ``--all`` goes through the
 networks of these aims, ``--profile`` adds how long each operation of the accelerated model takes, beside its floor.
 
-The floor is that of ``roofline.py`` in 16 bits with what the kernels fuse and skip, for every rival the same.
+The floor is that of ``fastdeeplab.roofline`` in 16 bits with what the kernels fuse and skip, the same for every rival.
+A rival that fails, for lack of memory too, is named with the reason, and the rest go on.
 """
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,19 +18,30 @@ from typing import NamedTuple
 
 import torch
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or PyTorch's profiler, which counts a CPU's memory, prints lines
 sys.path.insert(0, str(Path(__file__).parent))  # for ``python -m``: the benchmarks import each other by name
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import import_torchvision  # noqa: F401  # also where its compiled operators don't fit
 import roofline
 from cases import ConvCase, short_name
+from fastdeeplab.kernels.candidates import Layer
 from harness import Results, Row, default_path, device_name, make_row
 
 import fastdeeplab as fdl
-from fastdeeplab.bench import Part, Result, bench, best_rival, parts_and_shares, summary, time_operations
-from fastdeeplab.rivals import Network, Rival, rivals_of
+from fastdeeplab.bench import (
+    Part,
+    Result,
+    bench,
+    best_rival,
+    floor_milliseconds,
+    layers_of,
+    parts_and_shares,
+    summary,
+    time_operations,
+)
+from fastdeeplab.rivals import Network, Rival, one_line, rivals_of
 
-PLAN = next(plan for plan in roofline.PLANS if plan.name == "planned + tap skip")
 Names = tuple[str, ...]
 
 
@@ -54,7 +67,7 @@ class Aim(NamedTuple):
     ours: Names = ("fastdeeplab", "fastdeeplab-graphs")
 
 
-COMPILED, EAGER = ("compile", "max-autotune"), ("channels_last",)
+COMPILED, EAGER = ("compile", "max-autotune", "reduce-overhead"), ("channels_last",)
 AIMS = (
     Aim("the best torch.compile", 1.35, COMPILED, lambda n, gpu: gpu and n.num_classes < 150 and not _small(n)),
     Aim("eager in channels_last", 2.0, EAGER, lambda n, gpu: gpu and not _small(n)),
@@ -84,18 +97,6 @@ def aims_reached(results: Sequence[Result], device: torch.device) -> Iterator[tu
     times = [result.milliseconds for result in ours]
     if floor and min(times, default=math.inf) < math.inf:
         yield "the floor", FLOOR_AIM, floor / min(times)
-
-
-def layers_of(network: Network) -> list[roofline.Layer]:
-    return roofline.conv_layers(network.depth, network.output_stride, network.size, network.batch, network.num_classes)
-
-
-def floor_milliseconds(network: Network, device: torch.device) -> float | None:
-    """Of a batch; None in 32 bits and where the GPU is not known."""
-    gpu = roofline.known_gpu(device_name(device))
-    if gpu is None or network.dtype == torch.float32:
-        return None
-    return sum(roofline.network_floor(PLAN, layers_of(network), gpu).values())
 
 
 def row_of(result: Result, device: torch.device) -> Row:
@@ -178,14 +179,14 @@ def print_results(results: Sequence[Result], device: torch.device) -> None:
 
 
 def print_profile(parts: Sequence[Part], device: torch.device) -> None:
-    """Each fused convolution with its floor, where the GPU is known."""
+    """Each fused operation, and the convolutions' floors where the GPU is known."""
     gpu = roofline.known_gpu(device_name(device))
     print()
     roofline.print_row("module", "operation", "layer", "runs", "us", "share", "floor us", "share of floor")
     roofline.print_row(*["---"] * 8)
     for part, share in parts_and_shares(parts):
         layer, floor = "" if part.layer is None else str(part.layer), None
-        if part.layer is not None and gpu and part.layer.dtype.itemsize == 2:
+        if isinstance(part.layer, Layer) and gpu and part.layer.dtype.itemsize == 2:
             floor = ConvCase(part.module, part.layer).work.floor(gpu)
         floors = (f"{1000 * floor:.1f}", f"{floor / part.milliseconds:.2f}") if floor else ("", "")
         cells = (part.module, part.operation, layer, part.runs, f"{1000 * part.milliseconds:.1f}", f"{share:.1%}")
@@ -231,12 +232,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rivals = chosen_rivals(network, device, options.rivals)
             try:
                 measure_network(network, device, file, seconds=options.seconds, tune=options.tune, rivals=rivals)
-            except torch.OutOfMemoryError as error:
-                print(f"{network} is left out: {str(error).splitlines()[0]}", flush=True)
+            except torch.OutOfMemoryError as error:  # there is not even a mask to compare with
+                print(f"{network} is left out: {one_line(error)}", flush=True)
                 continue
             if options.profile:
-                fast = fdl.accelerate(network.build(device), dtype=dtype)
-                print_profile(time_operations(fast, network.images(device)), device)
+                try:
+                    fast = fdl.accelerate(network.build(device), dtype=dtype)
+                    print_profile(time_operations(fast, network.images(device)), device)
+                except torch.OutOfMemoryError as error:
+                    print(f"{network} has no profile: {one_line(error)}", flush=True)
     except ValueError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -24,7 +24,7 @@ from fastdeeplab.kernels.tuning import (
 )
 from torch import Tensor
 
-from fastdeeplab.accelerate import CLASSES_MULTIPLE
+from fastdeeplab.fusion import CLASSES_MULTIPLE
 from fastdeeplab.rivals import short_name
 
 Record = Callable[..., None]  # the fixture of conftest.py

@@ -22,7 +22,8 @@ PEERS = ("torchvision", "layers")  # the latter where torchvision could not be i
 COLUMNS = {  # implementations by the end of their name, the best of several
     "eager fp32": ("fp32",),
     "eager": ("channels_last",),
-    "torch.compile": ("compile", "max-autotune"),
+    "torch.compile": ("compile", "max-autotune", "reduce-overhead"),
+    "cuDNN fused": ("cudnn-fused",),
     "PyTorch, folded": ("fastdeeplab-torch",),
     "fastdeeplab": ("fastdeeplab", "fastdeeplab-graphs"),
 }

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastdeeplab import packed
 from fastdeeplab.backbone import LAYERS
-from fastdeeplab.fusion import Affine, FoldedBatchNorm, is_served
+from fastdeeplab.fusion import Affine, FoldedBatchNorm, PackedAffine, PaddedClassifier, is_served
 from fastdeeplab.graphs import Graphs, Recorder, check_device, check_lazy, check_shapes
 from fastdeeplab.kernels.choice import DTYPES
+from fastdeeplab.kernels.library import FP16_SAFE
 from fastdeeplab.model import Kernels, ResNetModel, upsample_logits
 from fastdeeplab.tuner import Tuned, shown_progress, tune_network
-
-CLASSES_MULTIPLE = 8  # of channels that the classifier computes, so that pixels start at multiples of 16 bytes
-FP16_SAFE = (2.0**-10, 2.0**14)  # the largest weight of a channel, far enough from fp16's limits
 
 
 def accelerate(
@@ -50,17 +49,18 @@ def accelerate(
     with torch.device("meta"):  # no weight is made that is then thrown away
         fast = AcceleratedModel(**source.config(), kernels=kernels)
     source.check_children(fast)
+    fast.dropped_aux_head = getattr(model, "aux_classifier", None) is not None
     with torch.no_grad():
         for name, conv, norm_name in list(_convolutions(fast)):
             source.copy_geometry(name, conv)
             keeps_scale = norm_name is not None  # the classifier has nothing that could
             weight, affine = _fold(source.conv(name), *source.affine(name, norm_name), dtype, keeps_scale)
+            if norm_name is None:
+                fast.set_submodule(name, PaddedClassifier(weight, affine.shift))
+                continue
             conv.weight = nn.Parameter(weight, requires_grad=False)
             conv.bias = None
-            if norm_name is None:
-                _pad_classes(conv, affine.shift)
-            else:
-                fast.set_submodule(norm_name, affine)
+            fast.set_submodule(norm_name, affine)
     return fast.eval()
 
 
@@ -74,9 +74,16 @@ class AcceleratedModel(ResNetModel):
     ``copy.deepcopy``, ``pickle`` and ``.to(device)`` work. ``state_dict`` holds the folded weights, for another
     accelerated copy of the same network. ``.half()`` and ``.to(dtype)`` round the folded weights a second time, where
     ``accelerate(model, dtype=...)`` rounds once; shifts stay fp32. ``train()`` raises.
+
+    On a CPU, in fp32, convolutions whose result has fewer than 4096 pixels keep their weights once more, in the layout
+    that oneDNN computes with, from the second run on images of a shape: at most three times, where images differ much
+    in size. They are made anew after the weights were loaded, moved, replaced or written to; call ``fast.cpu()`` after
+    writing to them through ``.data`` or numpy, which PyTorch does not count.
     """
 
+    dropped_aux_head = False  # whether the model it was made from has one
     _graphs: Graphs | None = None  # none in a copy either, nor after unpickling
+    _packed: packed.PackedWeights | None = None  # the same
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
@@ -103,9 +110,13 @@ class AcceleratedModel(ResNetModel):
 
     def _compute_logits(self, images: Tensor) -> Tensor:
         affine: Affine = {norm: norm.affine() for norm in self.modules() if isinstance(norm, FoldedBatchNorm)}
+        if packed.can_run(images):
+            if self._packed is None:
+                self._packed = packed.PackedWeights()
+            affine = PackedAffine(affine, self._packed)
         _, c5 = self.backbone(images, affine)
         logits: Tensor = self.classifier(c5, affine)
-        return logits[:, : self.config["num_classes"]]
+        return logits
 
     def capture(self, shapes: Sequence[Sequence[int]], *, lazy: int = 0) -> None:
         """Capture runs on images of these shapes as CUDA graphs, which replay all kernels by one launch.
@@ -150,16 +161,18 @@ class AcceleratedModel(ResNetModel):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``ResNetModel.load_state_dict``."""
+        self._packed = None
         if assign:
             self.drop_captures()
         return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.drop_captures()
+        self._packed = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_graphs"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_packed")}
 
     def train(self, mode: bool = True) -> "AcceleratedModel":
         """Stay in eval mode.
@@ -175,10 +188,10 @@ class AcceleratedModel(ResNetModel):
     def tune(self, images: Tensor, *, seconds: float = 60.0, again: bool = False, progress: bool = False) -> Tuned:
         """Measure, once per GPU and shape, what is the fastest for each layer of a run on ``images``, and keep it.
 
-        From then on each convolution runs the kernel or the form of PyTorch's that was the fastest; PyTorch's are timed
-        with ``torch.backends.cudnn.benchmark`` on, which is off by default: turn it on, too. Captured graphs, which
-        hold what was decided before, are dropped. ``progress`` shows a bar on stderr; the rest is said of
-        ``fastdeeplab.tuner.tune_network``, errors too.
+        From then on each convolution, and upsampling with argmax, runs the kernel or the form of PyTorch's that was the
+        fastest; PyTorch's are timed with ``torch.backends.cudnn.benchmark`` on, which is off by default: turn it on,
+        too. Captured graphs, which hold what was decided before, are dropped. ``progress`` shows a bar on stderr; the
+        rest is said of ``fastdeeplab.tuner.tune_network``, errors too.
         """
         self.drop_captures()
         with shown_progress() if progress else nullcontext() as show:
@@ -193,7 +206,10 @@ class AcceleratedModel(ResNetModel):
         raise RuntimeError("save the model this one was made from, and accelerate it after loading; or use torch.save")
 
     def extra_repr(self) -> str:
-        return f"frozen, {self.backbone.conv1.weight.dtype}, kernels={self.kernels}"
+        shifts = {str(norm.shift.dtype) for norm in self.modules() if isinstance(norm, FoldedBatchNorm)}
+        dropped = ", auxiliary head dropped" if self.dropped_aux_head else ""
+        weights = f"frozen, {self.backbone.conv1.weight.dtype} weights, {'/'.join(sorted(shifts))} shifts"
+        return f"{weights}, {self.config['num_classes']} classes{dropped}\nkernels={self.kernels}"
 
 
 class _Source:
@@ -314,17 +330,6 @@ def _fold(
             rest = rest.float()
     weight = weight.to(dtype, memory_format=torch.channels_last)
     return weight, FoldedBatchNorm(shift.float(), rest)
-
-
-def _pad_classes(classifier: nn.Conv2d, bias: Tensor) -> None:
-    """Add channels of zeros, which the model cuts off again."""
-    padding = -classifier.out_channels % CLASSES_MULTIPLE
-    classifier.out_channels += padding
-    weight = torch.cat([classifier.weight, classifier.weight.new_zeros(padding, *classifier.weight.shape[1:])])
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    classifier.weight = nn.Parameter(weight, requires_grad=False)
-    bias = torch.cat([bias, bias.new_zeros(padding)]).to(weight.dtype)
-    classifier.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def _settings(pool: Any) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastdeeplab.fusion import Affine, conv_bn_relu
+from fastdeeplab.kernels.choice import why_not_kernel_size
 
 EXPANSION = 4  # output channels of a bottleneck over the channels of its 3x3 convolution
 LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -66,6 +67,9 @@ class Bottleneck(nn.Module):
         y = conv_bn_relu(self.conv2, self.bn2, y, affine, kernel=self.kernel)
         return conv_bn_relu(self.conv3, self.bn3, y, affine, residual, kernel=self.kernel)
 
+    def extra_repr(self) -> str:
+        return f"kernel={self.kernel!r}"
+
 
 class Stage(nn.Sequential):
     """Bottlenecks one after the other."""
@@ -83,7 +87,12 @@ class ResNet(nn.Module):
     block of a dilated stage uses the stage before's dilation with ``first_block_dilation="previous"`` (torchvision)
     and its own with ``"full"`` (segmentation_models_pytorch, Detectron2). ``multi_grid`` multiplies the dilations of
     layer4's blocks.
+
+    The stem, 7x7 convolution and max-pool, has no kernel: where ``kernel="triton"`` is asked for, the blocks have that
+    flag, and the encoder itself, whose flag is the stem's, has ``"auto"``.
     """
+
+    kernel_function = "conv_bn_relu"
 
     def __init__(
         self,
@@ -97,6 +106,7 @@ class ResNet(nn.Module):
         kernel: str = "auto",
     ) -> None:
         super().__init__()
+        self.kernel = "auto" if kernel == "triton" else kernel
         stem_channels = scale_channels(64, width)
         self.conv1 = nn.Conv2d(in_channels, stem_channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(stem_channels)
@@ -141,7 +151,18 @@ class ResNet(nn.Module):
         """Return ``(c4, c5)``: ``(N, 1024, h, w)`` and ``(N, 2048, h, w)`` at width 1."""
         if affine is None:
             x = self.relu(self.bn1(self.conv1(images)))
-        else:  # the 7x7 convolution has no kernel
-            x = conv_bn_relu(self.conv1, self.bn1, images, affine, kernel="torch")
+        else:
+            x = conv_bn_relu(self.conv1, self.bn1, images, affine, kernel=self.kernel)
         c4 = self.layer3(self.layer2(self.layer1(self.maxpool(x), affine), affine), affine)
         return c4, self.layer4(c4, affine)
+
+    @property
+    def kernel_obstacle(self) -> str | None:
+        """Why no kernel can run the stem, on any device; None if one can."""
+        height, width = self.conv1.kernel_size
+        if why_not_kernel_size((height, width)) is None:
+            return None
+        return f"the stem's {height}x{width} convolution is PyTorch's, the kernels are for 1x1 and 3x3"
+
+    def extra_repr(self) -> str:
+        return f"kernel={self.kernel!r}"

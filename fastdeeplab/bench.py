@@ -12,9 +12,11 @@ import math
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +25,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdeeplab
-from fastdeeplab import kernels
+from fastdeeplab import kernels, roofline
 from fastdeeplab.accelerate import AcceleratedModel, accelerate
+from fastdeeplab.atomic import replace_when_complete
 from fastdeeplab.explanation import names_of_calls
-from fastdeeplab.kernels.candidates import Layer
+from fastdeeplab.kernels.candidates import Layer, Tail
 from fastdeeplab.kernels.measure import Call, Measurement, measure, peak_memory, percentiles, wall_clock
 from fastdeeplab.rivals import Network, Oracle, Predict, Rival, one_line, rivals_of, short_name, torchvision_obstacle
 
@@ -39,6 +42,7 @@ Progress = Callable[[str, float], None]  # what is being done, and the share of 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 QUICK_SIZE = {"cpu": (256, 256), "cuda": (512, 512)}
 QUICK_SECONDS = 2.0
+QUICK_LIMIT = 90.0  # seconds after which no round begins, so that a busy machine takes less than two minutes, too
 BYTES_PER_PIXEL = 8000  # of an image, more than PyTorch's layers hold in fp32 at output stride 8
 
 
@@ -74,12 +78,14 @@ def bench(
     *,
     rivals: Sequence[Rival] | None = None,
     seconds: float = 2.0,
+    limit: float = math.inf,
     tune: bool = False,
     progress: Progress = _no_progress,
 ) -> Iterator[Result]:
     """Compare and time ``predict`` of a network and its rivals.
 
-    A rival that fails, or makes another mask, gives a result with the reason; the rest go on. On a GPU each result
+    A rival that fails, for lack of memory too, or makes another mask, gives a result with the reason; the rest go on,
+    as they do where there is no memory for tuning, which is warned of. On a GPU each result
     comes when it is measured, on a CPU they come together at the end: stopped by Ctrl-C before that, those that have
     been timed at least twice come, and then the KeyboardInterrupt.
 
@@ -88,6 +94,7 @@ def bench(
         device: where.
         rivals: by default ``rivals_of(network, device)``.
         seconds: about how long to repeat each; at least 5 times on a CPU, 10 times on a GPU.
+        limit: on a CPU, seconds after which no round begins but the first two; infinite by default.
         tune: whether to measure what each layer of ours runs before, on a GPU; see ``AcceleratedModel.tune``.
         progress: called before each step.
 
@@ -100,22 +107,29 @@ def bench(
     if device.type not in QUICK_SIZE:
         raise ValueError(f"device must be a CPU or an NVIDIA GPU, got {device}")
     rivals = rivals_of(network, device) if rivals is None else rivals
-    measured = _one_by_one if device.type == "cuda" else _in_turns
+    until = time.monotonic() + limit
     with _on(device), _fastest_convolutions(device):
         progress("the network in fp64", 0)
         model, images = network.build(device), network.images(device)
         oracle = Oracle(model, images)
         if tune and device.type == "cuda":
             progress("tuning", 0)
-            accelerate(model, dtype=network.dtype).tune(images)
-        for rival, found in measured(rivals, oracle, seconds, progress):
-            if isinstance(found, Exception):
-                yield Result(network, rival, None, one_line(found))
+            try:
+                accelerate(model, dtype=network.dtype).tune(images)
+            except torch.OutOfMemoryError as error:
+                warnings.warn(f"{network} is not tuned: {one_line(error)}", RuntimeWarning, stacklevel=2)
+        if device.type == "cuda":
+            measured = _one_by_one(rivals, oracle, seconds, progress)
+        else:
+            measured = _in_turns(rivals, oracle, seconds, progress, until)
+        for rival, found in measured:
+            if isinstance(found, str):
+                yield Result(network, rival, None, found)
             else:
                 yield Result(network, rival, found)
 
 
-Found = Iterator[tuple[Rival, Measurement | Exception]]
+Found = Iterator[tuple[Rival, Measurement | str]]  # or why there is none: an exception would hold a rival's memory
 
 
 def _one_by_one(rivals: Sequence[Rival], oracle: Oracle, seconds: float, progress: Progress) -> Found:
@@ -126,7 +140,7 @@ def _one_by_one(rivals: Sequence[Rival], oracle: Oracle, seconds: float, progres
         torch.cuda.empty_cache()
 
 
-def _measure_alone(rival: Rival, oracle: Oracle, seconds: float) -> Measurement | Exception:
+def _measure_alone(rival: Rival, oracle: Oracle, seconds: float) -> Measurement | str:
     try:
         images = rival.images(oracle.images)
         predict = rival.build(oracle.model, images)
@@ -136,7 +150,7 @@ def _measure_alone(rival: Rival, oracle: Oracle, seconds: float) -> Measurement 
 
         return measure(predict, [images], lambda _: None, math.inf, error=error, seconds=seconds, timer=_until_the_end)
     except Exception as failed:  # a compiler's, too little memory, a wrong mask
-        return failed.with_traceback(None)  # which holds the rival's memory
+        return one_line(failed)
 
 
 def _until_the_end(call: Call) -> float:
@@ -150,7 +164,7 @@ def _until_the_end(call: Call) -> float:
     return start.elapsed_time(end)
 
 
-def _in_turns(rivals: Sequence[Rival], oracle: Oracle, seconds: float, progress: Progress) -> Found:
+def _in_turns(rivals: Sequence[Rival], oracle: Oracle, seconds: float, progress: Progress, until: float) -> Found:
     """Every rival once in each round, another one first in each."""
     steps = len(rivals) + 1 + MIN_ROUNDS
     calls: dict[Rival, Call] = {}
@@ -165,17 +179,23 @@ def _in_turns(rivals: Sequence[Rival], oracle: Oracle, seconds: float, progress:
             estimates[rival] = wall_clock(call)
             calls[rival] = call
         except Exception as failed:
-            yield rival, failed.with_traceback(None)
+            yield rival, one_line(failed)
 
     times: dict[Rival, list[float]] = {rival: [] for rival in calls}
     rounds = _rounds(sum(estimates.values()), seconds * len(calls))
     stopped: KeyboardInterrupt | None = None
     try:
         for number in range(rounds):
+            if number >= 2 and time.monotonic() >= until:
+                break
             progress(f"round {number + 1} of {rounds}", (len(rivals) + 1 + MIN_ROUNDS * number / rounds) / steps)
-            order = [*calls][number % len(calls) :] + [*calls][: number % len(calls)]
+            order = [*calls][number % len(calls) :] + [*calls][: number % len(calls)] if calls else []
             for rival in order:
-                times[rival].append(wall_clock(calls[rival]))
+                try:
+                    times[rival].append(wall_clock(calls[rival]))
+                except Exception as failed:  # such as memory that another program has taken
+                    del calls[rival], times[rival]
+                    yield rival, one_line(failed)
     except KeyboardInterrupt as interrupt:
         stopped = interrupt
     for rival, found in times.items():
@@ -225,7 +245,7 @@ class Part:
 
     module: str
     operation: str
-    layer: Layer | None  # of a fused convolution
+    layer: Layer | Tail | None  # of a fused convolution, or of upsampling and argmax
     runs: str  # its implementation
     milliseconds: float  # the median
 
@@ -233,10 +253,10 @@ class Part:
 class _Stopwatch(TorchDispatchMode):
     """Times each operation that a call makes, not those inside; on a GPU by events."""
 
-    def __init__(self, device: torch.device, decisions: Sequence[tuple[Layer, Any]]) -> None:
+    def __init__(self, device: torch.device, decisions: Sequence[tuple[Any, Any]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.on_gpu, self.decisions = device.type == "cuda", decisions
-        self.operations: list[tuple[str, Layer | None, str]] = []
+        self.operations: list[tuple[str, Layer | Tail | None, str]] = []
         self.moments: list[tuple[Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -270,6 +290,7 @@ class _Stopwatch(TorchDispatchMode):
 def time_operations(fast: AcceleratedModel, images: Tensor, *, repeats: int = 10) -> list[Part]:
     """Time every operation of ``fast.predict(images)``, the median of some repeats, in the order in which they run.
 
+    On a CPU convolutions run on weights that are not packed, as always while somebody watches.
     On a GPU it is kept busy until the host has launched all of them, so that no gap between launches is counted.
     """
     fast.predict(images)
@@ -295,12 +316,33 @@ def time_operations(fast: AcceleratedModel, images: Tensor, *, repeats: int = 10
     ]
 
 
+# The floor
+
+PLAN = next(plan for plan in roofline.PLANS if plan.name == "planned + tap skip")  # what the kernels fuse and skip
+
+
+def layers_of(network: Network) -> list[roofline.Layer]:
+    return roofline.conv_layers(network.depth, network.output_stride, network.size, network.batch, network.num_classes)
+
+
+def floor_milliseconds(network: Network, device: torch.device) -> float | None:
+    """Of a batch, the same whichever rival is asked about; None in 32 bits and where the GPU is not known."""
+    gpu = roofline.known_gpu(_device_name(device))
+    return None if gpu is None or network.dtype == torch.float32 else _floor_on(gpu, network)
+
+
+@lru_cache
+def _floor_on(gpu: roofline.GPU, network: Network) -> float:
+    return sum(roofline.network_floor(PLAN, layers_of(network), gpu).values())
+
+
 # The command
 
 
 COLUMNS = (
     "fastdeeplab", "device", "torch", "triton", "network", "rival", "dtype",
-    "p20_ms", "p50_ms", "p80_ms", "images_per_second", "peak_memory_bytes", "error_fp64", "reason",
+    "p20_ms", "p50_ms", "p80_ms", "images_per_second", "share_of_floor", "peak_memory_bytes", "error_fp64",
+    "reason",
 )  # fmt: skip
 
 
@@ -321,11 +363,12 @@ def run_bench(
     *,
     quick: bool = False,
     csv: Path | None = None,
+    chart: Path | None = None,
     profile: bool = False,
     seconds: float = QUICK_SECONDS,
     rivals: Sequence[Rival] | None = None,
 ) -> list[Result]:
-    """Measure a network and its rivals with a progress bar, and print a table.
+    """Measure a network and its rivals with a progress bar, and print a table and how long it took.
 
     Args:
         console: where to print.
@@ -333,6 +376,7 @@ def run_bench(
         device: where.
         quick: see ``quick_network`` and ``rivals_of``.
         csv: file that a row is appended to for each rival as soon as it is measured.
+        chart: file for a bar of each rival's speed, such as ``bench.png``; needs matplotlib.
         profile: whether to print how long each operation of the accelerated model takes, too.
         seconds: about how long to repeat each.
         rivals: in place of ``rivals_of``.
@@ -340,6 +384,7 @@ def run_bench(
     Raises:
         ValueError: an argument can't be used, or the file holds something else.
         OSError: the file can't be written.
+        ImportError: a chart is asked for, and matplotlib is not installed.
         KeyboardInterrupt: after printing what was measured before it.
     """
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -348,6 +393,9 @@ def run_bench(
     network = quick_network(network, device) if quick else network
     rivals = rivals_of(network, device, quick=quick) if rivals is None else rivals
     rows = None if csv is None else _Rows(csv)
+    if chart is not None:
+        check_chart(chart)
+    start = time.monotonic()
     console.print(f"{network} in {short_name(network.dtype)} on {_device_name(device)}")
     if (obstacle := torchvision_obstacle()) is not None:
         console.print(f"PyTorch's layers one by one stand for torchvision, which can't be imported: {obstacle}")
@@ -361,7 +409,8 @@ def run_bench(
             def progress(what: str, share: float) -> None:
                 bar.update(task, description=what, completed=share)
 
-            for result in bench(network, device, rivals=rivals, seconds=seconds, progress=progress):
+            limit = QUICK_LIMIT if quick else math.inf
+            for result in bench(network, device, rivals=rivals, seconds=seconds, limit=limit, progress=progress):
                 results.append(result)
                 if rows:
                     rows.append(result, device)
@@ -373,23 +422,30 @@ def run_bench(
                 if result.reason:
                     console.print(f"{result.rival.name}: {result.reason}")
             console.print(summary(results))
+            if chart is not None:
+                draw_chart(results, device, chart)
     if profile:
         fast = accelerate(network.build(device), dtype=network.dtype)
         console.print(profile_table(time_operations(fast, network.images(device))))
+    console.print(f"done in {time.monotonic() - start:.0f} s")
     return results
 
 
 def results_table(results: Sequence[Result], device: torch.device) -> "Table":
-    """A row per rival; the last column is how many times as fast as the best rival it is."""
+    """A row per rival, with its share of the floor where the GPU is known.
+
+    The last column is how many times as fast as the best rival it is.
+    """
     from rich.table import Table
 
-    best = best_rival(results)
+    best, floor = best_rival(results), floor_milliseconds(results[0].network, device)
     title = (
         "" if device.type == "cuda" else "Times of a CPU depend on what else it does: compare them in this table only."
     )
     table = Table(title=title, title_justify="left")
     table.add_column("rival")
-    for name in ("images/s", "ms per batch (p20 to p80)", "peak MB", "against the best rival"):
+    shares = ["share of floor"] if floor else []
+    for name in ("images/s", "ms per batch (p20 to p80)", *shares, "peak MB", "against the best rival"):
         table.add_column(name, justify="right")
     for result in results:
         if (found := result.measurement) is None:
@@ -400,10 +456,64 @@ def results_table(results: Sequence[Result], device: torch.device) -> "Table":
             result.rival.name,
             f"{result.images_per_second:.4g}",
             f"{found.p50:.2f} ({found.p20:.2f} to {found.p80:.2f})",
+            *([f"{floor / found.p50:.2f}"] if floor else []),
             memory,
             f"{best.milliseconds / result.milliseconds:.2f}" if best else "",
         )
     return table
+
+
+def check_chart(path: Path) -> None:
+    """Look whether a chart can be drawn into a file, before anything is measured.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is no such folder, or no such kind of picture.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise ImportError("a chart needs the package matplotlib: pip install 'fastdeeplab[plots]'") from None
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in kinds:
+        raise ValueError(f"a chart's name ends in one of .{', .'.join(sorted(kinds))}, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent}")
+
+
+def draw_chart(results: Sequence[Result], device: torch.device, path: Path) -> None:
+    """A bar for each rival that was measured: its images per second, with a line from p80 to p20.
+
+    The floor is marked where the GPU is known. On a CPU it is the speed by that of the best rival, since images per
+    second mean nothing elsewhere.
+    """
+    from matplotlib.figure import Figure
+
+    measured = [(result.rival, result.measurement) for result in results if result.measurement]
+    if not measured:
+        return
+    network, best = results[0].network, best_rival(results)
+    unit, label = 1000.0 * network.batch, "images per second"
+    if device.type != "cuda" and best is not None:
+        unit, label = best.milliseconds, f"speed / {best.rival.name}"
+    speeds = [unit / found.p50 for _, found in measured]
+    slower = [unit / found.p50 - unit / found.p80 for _, found in measured]
+    faster = [unit / found.p20 - unit / found.p50 for _, found in measured]
+
+    figure = Figure(figsize=(8, 1.3 + 0.4 * len(measured)), layout="constrained")
+    axes = figure.add_subplot()
+    colors = ["tab:green" if rival.ours else "tab:gray" for rival, _ in measured]
+    bars = axes.barh([rival.name for rival, _ in measured], speeds, xerr=[slower, faster], color=colors)
+    axes.bar_label(bars, fmt="%.4g", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel(label)
+    axes.set_title(f"{network} in {short_name(network.dtype)} on {_device_name(device)}", fontsize="medium")
+    if floor := floor_milliseconds(network, device):
+        axes.axvline(unit / floor, color="black", linestyle="--", label="floor")
+        axes.legend()
+    with replace_when_complete(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=120)
 
 
 def best_rival(results: Sequence[Result]) -> Result | None:
@@ -427,7 +537,10 @@ def profile_table(parts: Sequence[Part]) -> "Table":
     """A row per fused convolution and per other operation that takes 1 % of the time or more."""
     from rich.table import Table
 
-    table = Table(title="each operation of fastdeeplab's predict()", title_justify="left")
+    title = (
+        "each operation of fastdeeplab's predict(); on a CPU by weights that are not packed, as it runs when watched"
+    )
+    table = Table(title=title, title_justify="left")
     for name in ("module", "operation", "layer", "runs"):
         table.add_column(name)
     for name in ("us", "share"):
@@ -471,10 +584,12 @@ class _Rows:
 
     def append(self, result: Result, device: torch.device) -> None:
         found = result.measurement
-        times = ["", "", "", "", "", ""]
+        times = ["", "", "", "", "", "", ""]
         if found:
             memory = "" if result.peak_memory is None else result.peak_memory
-            values = (found.p20, found.p50, found.p80, result.images_per_second, memory, found.error)
+            floor = floor_milliseconds(result.network, device)
+            share = floor / found.p50 if floor else ""
+            values = (found.p20, found.p50, found.p80, result.images_per_second, share, memory, found.error)
             times = list(map(str, values))
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")

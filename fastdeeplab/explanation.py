@@ -6,9 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastdeeplab import kernels
+from fastdeeplab import kernels, packed
+from fastdeeplab.accelerate import AcceleratedModel
+from fastdeeplab.model import ResNetModel
 
 Rows = list[tuple[str, ...]]
+PACKED = "Where nobody watches, convolutions of small maps run on weights in oneDNN's own layout: see AcceleratedModel."
 
 
 def explain(module: nn.Module, images: Tensor | None = None) -> str:
@@ -18,8 +21,9 @@ def explain(module: nn.Module, images: Tensor | None = None) -> str:
     such as a loss, is explained for fp32 on the GPU that there is, or else the CPU. A flag that can't be followed is
     shown with the reason; calling the module raises it.
 
-    With images, the module runs on them once, in eval mode, and every convolution is listed with its shape: a choice
-    that depends on the shape is "measured", on which GPU, or "predicted", and why.
+    With images, the module runs on them once, in eval mode (a ``ResNetModel`` by ``predict``), and every convolution is
+    listed with its shape, the tail, upsampling and argmax, last: a choice that depends on the shape is "measured", on
+    which GPU, or "predicted", and why. On a CPU a line may follow on what a watched run does not show.
 
     Args:
         module: a ``ResNetModel``, a ``SegmentationLoss``, or any module that holds some.
@@ -29,7 +33,9 @@ def explain(module: nn.Module, images: Tensor | None = None) -> str:
         A table as text: the module's name, its function, with images the layer, the implementation, the reason.
     """
     if images is not None:
-        return _table([("module", "function", "layer", "runs", "because"), *_layers(module, images)])
+        table = _table([("module", "function", "layer", "runs", "because"), *_layers(module, images)])
+        accelerated = any(isinstance(part, AcceleratedModel) for part in module.modules())
+        return f"{table}\n\n{PACKED}" if accelerated and packed.can_run(images) else table
     tensors = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32
     if (tensor := next(tensors, None)) is not None:
@@ -37,7 +43,10 @@ def explain(module: nn.Module, images: Tensor | None = None) -> str:
     rows: Rows = [("module", "function", "runs", "because")]
     for name, part in module.named_modules():
         if hasattr(part, "kernel") and hasattr(part, "kernel_function"):
-            runs, why = kernels.choose(part.kernel_function, part.kernel, device, dtype)
+            obstacle = getattr(part, "kernel_obstacle", None)  # the module's own, on any device
+            runs, why = kernels.choose(part.kernel_function, part.kernel, device, dtype, obstacle)
+            if obstacle and obstacle not in why:
+                why += f"; {obstacle}"
             if runs == "triton" and part.kernel == "auto" and hasattr(part, "auto_limit"):
                 why += f"; {part.auto_limit}"
             rows.append((name or type(part).__name__, part.kernel_function, runs, why))
@@ -48,7 +57,7 @@ def explain(module: nn.Module, images: Tensor | None = None) -> str:
 def _layers(module: nn.Module, images: Tensor) -> Rows:
     rows: Rows = []
     with _in_eval_mode(module), kernels.recording() as found, names_of_calls(module, found) as names:
-        module(images)
+        module.predict(images) if isinstance(module, ResNetModel) else module(images)
     for (layer, decision), name in zip(found, names, strict=True):
         rows.append((name, layer.function, str(layer), decision.impl, decision.why))
     return rows

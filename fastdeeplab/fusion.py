@@ -2,10 +2,11 @@
 
 In eval mode a batch norm is a scale and a shift per channel. A model's live parameters give them anew in each forward,
 those of all batch norms together by a few multi-tensor operations: nothing is kept, so nothing can be stale. In a
-frozen model the scale is folded into the convolution's weight, and ``FoldedBatchNorm`` holds what is left.
+frozen model the scale is folded into the convolution's weight, and ``FoldedBatchNorm`` holds what is left; on a CPU
+its convolutions run on weights that were packed once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdeeplab import kernels
+from fastdeeplab.kernels import library
+from fastdeeplab.packed import PackedWeights
+
+CLASSES_MULTIPLE = 8  # of the channels that a frozen classifier computes
 
 Affine = Mapping[nn.Module, tuple[Tensor | None, Tensor]]  # of each batch norm: scale (None for 1) and shift, (C,) fp32
+
+
+class PackedAffine(dict[nn.Module, tuple[Tensor | None, Tensor]]):
+    """The scales and shifts of a frozen model whose convolutions run on packed weights."""
+
+    def __init__(self, affine: Affine, weights: PackedWeights) -> None:
+        super().__init__(affine)
+        self.weights = weights
 
 
 class FoldedBatchNorm(nn.Module):
@@ -75,6 +88,51 @@ def affine_of_batch_norms(model: nn.Module) -> Affine | None:
     return dict(zip(norms, zip(scales, shifts, strict=True), strict=True))
 
 
+class PaddedClassifier(nn.Conv2d):
+    """A frozen 1x1 convolution to K classes, with channels of zeros added: pixels start at multiples of 16 bytes.
+
+    Nobody sees these: its result is cut to K channels, and its state dict holds K classes.
+
+    Args:
+        weight: (K, C, 1, 1).
+        bias: (K,), cast to the weight's dtype.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.classes, channels = weight.shape[:2]
+        with torch.device("meta"):
+            super().__init__(channels, self.classes + -self.classes % CLASSES_MULTIPLE, 1)
+        padded = self._pad(weight).contiguous(memory_format=torch.channels_last)
+        self.weight = nn.Parameter(padded, requires_grad=False)
+        self.bias = nn.Parameter(self._pad(bias.to(weight.dtype)), requires_grad=False)
+
+    def _pad(self, values: Tensor) -> Tensor:
+        return torch.cat([values, values.new_zeros(self.out_channels - self.classes, *values.shape[1:])])
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("weight", "bias"):
+            destination[prefix + name] = destination[prefix + name][: self.classes]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        keys = [key for key in (prefix + "weight", prefix + "bias") if key in state_dict]
+        super()._load_from_state_dict(
+            {**state_dict, **{key: self._pad(state_dict[key]) for key in keys}}, prefix, *arguments
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, : self.classes]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, of which {self.classes} are classes"
+
+
+def classify(classifier: nn.Conv2d, x: Tensor, affine: Affine, *, kernel: str = "auto") -> Tensor:
+    """The logits of a 1x1 convolution: one channel per class."""
+    logits = conv_bn_relu(classifier, None, x, affine, relu=False, kernel=kernel)
+    return logits[:, : classifier.classes] if isinstance(classifier, PaddedClassifier) else logits
+
+
 def conv_bn_relu(
     conv: Any,
     norm: nn.Module | None,
@@ -93,6 +151,10 @@ def conv_bn_relu(
         scale, shift = affine[norm]
         if bias is not None:
             shift = shift + (bias if scale is None else scale * bias)
+    if (weights := _packed_weights(affine, "conv_bn_relu", kernel, x, scale)) is not None:
+        y = weights.convolve(conv, x, conv.weight, shift, residual, relu=relu)
+        if y is not None:
+            return y
     return kernels.conv_bn_relu(
         x,
         conv.weight,
@@ -105,6 +167,48 @@ def conv_bn_relu(
         relu=relu,
         impl=kernel,
     )
+
+
+def aspp_branches(
+    convs: Sequence[Any], norms: Sequence[nn.Module], x: Tensor, affine: Affine, *, kernel: str = "auto"
+) -> Tensor:
+    """``relu(norm(conv(x)))`` of a 1x1 and dilated 3x3 convolutions, concatenated; see ``kernels.aspp_branches``."""
+    scales, shifts = zip(*(affine[norm] for norm in norms), strict=True)
+    scale = None
+    if any(scale is not None for scale in scales):
+        ones = torch.ones_like(shifts[0])
+        scale = torch.cat([ones if scale is None else scale for scale in scales])
+    if (packed := _packed_weights(affine, "aspp_branches", kernel, x, scale)) is not None:
+        branches = [packed.convolve(conv, x, conv.weight, shift) for conv, shift in zip(convs, shifts, strict=True)]
+        found = [branch for branch in branches if branch is not None]
+        if len(found) == len(branches):
+            return torch.cat(found, dim=1)
+    weights, rates = [conv.weight for conv in convs], [conv.dilation[0] for conv in convs[1:]]
+    return kernels.aspp_branches(x, weights, scale, torch.cat(shifts), rates=rates, impl=kernel)
+
+
+def aspp_projection(
+    conv: Any, norm: nn.Module, branches: Tensor, pooled: Tensor, affine: Affine, *, kernel: str = "auto"
+) -> Tensor:
+    """``relu(norm(conv(cat(branches, pooled))))``, ``pooled`` spread over the map; see ``kernels.aspp_projection``."""
+    scale, shift = affine[norm]
+    if (weights := _packed_weights(affine, "aspp_projection", kernel, branches, scale)) is not None:
+        own, shifts = library.split_projection(branches, pooled, conv.weight, None, shift)
+        y = weights.convolve(conv, branches, own, shifts)
+        if y is not None:
+            return y
+    return kernels.aspp_projection(branches, pooled, conv.weight, scale, shift, impl=kernel)
+
+
+def _packed_weights(
+    affine: Affine, function: str, kernel: str, x: Tensor, scale: Tensor | None
+) -> PackedWeights | None:
+    """A frozen model's packed weights, where PyTorch is what runs the function and nobody records which layers run."""
+    if not isinstance(affine, PackedAffine) or scale is not None or kernels.is_recording():
+        return None
+    if kernels.choose(function, kernel, x.device, x.dtype).impl != "torch":
+        return None
+    return affine.weights
 
 
 def _device(model: nn.Module) -> torch.device:

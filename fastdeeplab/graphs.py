@@ -7,12 +7,17 @@ Threads and streams: replays may come from any thread and any stream. One lock l
 capture, and an event lets each replay wait on the GPU for the one before it, since they share their memory. Work of
 other streams runs beside them. While something is captured PyTorch wants no other work on the GPU from any thread of
 the process: capture before other threads start, and leave lazy capture to programs that run the GPU from one thread.
+
+A hook of a model that is being captured may run another captured model, or the same one: what it runs is then part of
+the capture, so it runs as if nothing were captured. It must run it in its own thread: it would wait for ever for
+another thread, which would wait for the capture to end.
 """
 
 import math
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 
 import torch
@@ -26,6 +31,28 @@ WARM_UP_RUNS = 3  # in which Triton compiles and cuDNN chooses
 
 # Of all models: a process can capture one thing at a time, and launch nothing meanwhile.
 _one_at_a_time = threading.Lock()
+_of_this_thread = threading.local()
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Wait until no other thread captures or replays.
+
+    Raises:
+        RuntimeError: this thread does, and would wait for itself.
+    """
+    if _has_turn():
+        raise RuntimeError("a graph is being captured by this very thread: no hook can capture another one meanwhile")
+    with _one_at_a_time:
+        _of_this_thread.has_turn = True
+        try:
+            yield
+        finally:
+            _of_this_thread.has_turn = False
+
+
+def _has_turn() -> bool:
+    return getattr(_of_this_thread, "has_turn", False)
 
 
 class Graphs:
@@ -49,8 +76,12 @@ class Graphs:
         return tuple(self._replays)
 
     def capture(self, compute: Compute, shapes: Sequence[Shape], lazy: int) -> None:
-        """Capture the shapes that are new, and let ``lazy`` more be captured when they are first seen."""
-        with _one_at_a_time:
+        """Capture the shapes that are new, and let ``lazy`` more be captured when they are first seen.
+
+        Raises:
+            RuntimeError: a hook calls it during a capture.
+        """
+        with _turn():
             for shape in sorted(set(shapes), key=math.prod, reverse=True):  # small ones fit into what large ones leave
                 if shape not in self._replays:
                     self._replays[shape] = self._record(compute, shape)
@@ -58,10 +89,10 @@ class Graphs:
 
     def replay(self, compute: Compute, images: Tensor) -> Tensor | None:
         """``compute(images)``, or None where the shape is not captured or whoever watches must see the run itself."""
-        if images.device != self.device or _is_watched(images):
+        if images.device != self.device or _has_turn() or _is_watched(images):
             return None
         shape = tuple(images.shape)
-        with _one_at_a_time:
+        with _turn():
             if shape not in self._replays and self._room > 0 and images.numel() > 0:
                 self._capture_lazily(compute, shape)
             replay = self._replays.get(shape)

@@ -87,18 +87,15 @@ class ASPP(nn.Module):
             return self.project(torch.cat([conv(x) for conv in self.convs], dim=1))
         parts: list[Any] = list(self.convs)
         *atrous, pooling = parts
-        scales, shifts = zip(*(affine[norm] for _, norm, _ in atrous), strict=True)
-        scale = None
-        if any(scale is not None for scale in scales):
-            ones = torch.ones_like(shifts[0])
-            scale = torch.cat([ones if scale is None else scale for scale in scales])
-        weights, rates = [conv.weight for conv, _, _ in atrous], [conv.dilation[0] for conv, _, _ in atrous[1:]]
-        branches = kernels.aspp_branches(x, weights, scale, torch.cat(shifts), rates=rates, impl=self.kernel)
+        convs, norms = [conv for conv, _, _ in atrous], [norm for _, norm, _ in atrous]
+        branches = fusion.aspp_branches(convs, norms, x, affine, kernel=self.kernel)
         pool, conv, norm, _ = pooling
         pooled = fusion.conv_bn_relu(conv, norm, pool(x), affine, kernel="torch")  # a pixel per image
         projection: Any = self.project
-        conv, norm = projection[0], projection[1]
-        return kernels.aspp_projection(branches, pooled, conv.weight, *affine[norm], impl=self.kernel)
+        return fusion.aspp_projection(projection[0], projection[1], branches, pooled, affine, kernel=self.kernel)
+
+    def extra_repr(self) -> str:
+        return f"kernel={self.kernel!r}"
 
 
 class DeepLabHead(nn.Sequential):
@@ -129,7 +126,10 @@ class DeepLabHead(nn.Sequential):
         if affine is None:
             return classifier(relu(norm(conv(aspp(x)))))
         x = fusion.conv_bn_relu(conv, norm, aspp(x, affine), affine, kernel=self.kernel)
-        return fusion.conv_bn_relu(classifier, None, x, affine, relu=False, kernel=self.kernel)
+        return fusion.classify(classifier, x, affine, kernel=self.kernel)
+
+    def extra_repr(self) -> str:
+        return f"kernel={self.kernel!r}"
 
 
 class AuxHead(nn.Sequential):
@@ -150,6 +150,7 @@ class UpsampleArgmax(nn.Module):
     """
 
     kernel_function = "upsample_argmax"
+    auto_limit = "PyTorch where tuning has measured it to be faster"  # of the kernel with "auto"
 
     def __init__(self, kernel: str = "auto") -> None:
         super().__init__()

@@ -30,9 +30,10 @@ class Kernels:
     """Which implementation each kind of module runs: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     ``"auto"`` is the Triton kernel where it can run and is measured or predicted to be faster, PyTorch elsewhere;
-    ``fastdeeplab.explain`` says which and why. ``"triton"`` raises where the kernel can't run; the 7x7 convolution of
-    the stem and the pooled branch are always PyTorch's. ``upsample_cross_entropy`` is for the loss,
-    which is no part of the model: ``SegmentationLoss(kernel=model.kernels.upsample_cross_entropy)``.
+    ``fastdeeplab.explain`` says which and why. ``"triton"`` raises where the kernel can't run, but for the 7x7
+    convolution of the stem and the pooled branch of ASPP, which are always PyTorch's: the stem's flag is ``"auto"``
+    then. ``upsample_cross_entropy`` is for the loss, which is no part of the model:
+    ``SegmentationLoss(kernel=model.kernels.upsample_cross_entropy)``.
 
     Raises:
         ValueError: a value is not one of those.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastdeeplab.accelerate import accelerate
 from fastdeeplab.backbone import LAYERS
+from fastdeeplab.kernels import library
 from fastdeeplab.kernels.choice import DTYPES
 from fastdeeplab.kernels.measure import WrongResultError
 from fastdeeplab.model import ATROUS_RATES, ResNetModel, upsample_logits
@@ -199,7 +200,8 @@ def rivals_of(network: Network, device: torch.device, *, quick: bool = False) ->
 
     The others are torchvision's DeepLabV3 or, where that can't be imported, PyTorch's layers as ``ResNetModel`` runs
     them one by one: in fp32 as it comes (TF32 on), in the network's dtype and channels_last memory, and compiled, with
-    upsampling and argmax inside. ``quick`` leaves out the compilation with ``max-autotune``, on a CPU each.
+    upsampling and argmax inside. On a GPU there are also the network of cuDNN's fused convolutions, compilation with
+    ``max-autotune`` and, of one image, ``reduce-overhead``. ``quick`` leaves out these two, on a CPU any compilation.
     """
     peer = "torchvision" if torchvision_obstacle() is None else "layers"
     dtype, on_gpu = network.dtype, device.type == "cuda"
@@ -211,6 +213,10 @@ def rivals_of(network: Network, device: torch.device, *, quick: bool = False) ->
         rivals.append(Rival(f"{peer}-compile", dtype, _compiled("default")))
     if on_gpu and not quick:
         rivals.append(Rival(f"{peer}-max-autotune", dtype, _compiled("max-autotune", freezing=True), graphs=True))
+        if network.batch == 1:
+            rivals.append(Rival(f"{peer}-reduce-overhead", dtype, _compiled("reduce-overhead"), graphs=True))
+    if on_gpu:
+        rivals.append(Rival("cudnn-fused", dtype, _cudnn_fused))
     rivals.append(Rival("ResNetModel", dtype, _live, ours=True))
     if on_gpu:  # on a CPU it is fastdeeplab itself
         rivals.append(Rival("fastdeeplab-torch", dtype, _accelerated("torch")))
@@ -296,6 +302,37 @@ def _compiled(mode: str, *, freezing: bool = False) -> Callable[[ResNetModel, Te
         return predict
 
     return build
+
+
+def _cudnn_fused(model: ResNetModel, images: Tensor) -> Predict:
+    """Folded batch norms; each convolution one call of cuDNN with its shift, residual and ReLU; all else PyTorch's."""
+    fast: Any = accelerate(model, dtype=images.dtype)
+    classes = fast.config["num_classes"]
+
+    def fused(conv: Any, norm: Any, x: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+        stride, padding, dilation = conv.stride[0], conv.padding[0], conv.dilation[0]
+        y: Tensor = library.cudnn_relu(x, conv.weight, *norm.affine(), residual, stride, padding, dilation, relu)
+        return y
+
+    @torch.no_grad()
+    def predict(images: Tensor) -> Tensor:
+        backbone, (aspp, head_conv, head_norm, _, classifier) = fast.backbone, fast.classifier
+        x = backbone.maxpool(fused(backbone.conv1, backbone.bn1, images))
+        for block in (*backbone.layer1, *backbone.layer2, *backbone.layer3, *backbone.layer4):
+            residual, projection = x, block.downsample
+            if projection is not None:
+                residual = fused(projection[0], projection[1], x, relu=False)
+            y = fused(block.conv1, block.bn1, x)
+            y = fused(block.conv2, block.bn2, y)
+            x = fused(block.conv3, block.bn3, y, residual)
+        *atrous, (pool, pool_conv, pool_norm, _) = aspp.convs
+        branches = [fused(conv, norm, x) for conv, norm, _ in atrous]
+        pooled = fused(pool_conv, pool_norm, pool(x)).expand_as(branches[0])
+        x = fused(aspp.project[0], aspp.project[1], torch.cat([*branches, pooled], dim=1))
+        logits = classifier(fused(head_conv, head_norm, x))[:, :classes]
+        return upsample_logits(logits, images.shape[-2:]).argmax(1)
+
+    return predict
 
 
 def _live(model: ResNetModel, images: Tensor) -> Predict:

@@ -1,4 +1,7 @@
-"""Measure, on the user's own GPU, which kernel or library call is the fastest for each convolution of a network."""
+"""Measure, on the user's own GPU, which kernel or library call is the fastest for each layer of a network.
+
+The layers are its convolutions and the tail, upsampling and argmax.
+"""
 
 import math
 import sys
@@ -13,22 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from fastdeeplab import kernels
-from fastdeeplab.kernels import decisions, tuning
-from fastdeeplab.kernels.candidates import Gpu, Layer
+from fastdeeplab.kernels import decisions, tail_tuning, tuning
+from fastdeeplab.kernels.candidates import Gpu, Layer, Tail
 from fastdeeplab.kernels.choice import kernels_are_off, why_not
-from fastdeeplab.kernels.decisions import Measurement
-from fastdeeplab.kernels.measure import Call
+from fastdeeplab.kernels.decisions import Measured
+from fastdeeplab.kernels.tuning import Timer
+from fastdeeplab.model import ResNetModel
 
 MOST_SECONDS = 0.05  # of repeating one candidate
 Progress = Callable[[int, int, str], None]  # layers done, layers in all, the one that comes
-Timer = Callable[[Call], float]  # the milliseconds of a call
 
 
 @dataclass(frozen=True)
 class Row:
     """A layer of the network and the fastest of either kind for it."""
 
-    measurement: Measurement
+    measurement: Measured
     new: bool  # measured now, not at an earlier time
 
     @property
@@ -38,8 +41,9 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         found = self.measurement
         when = "now" if self.new else "earlier"
-        times = (f"{time:.1f}" if time < math.inf else "fails" for time in (found.tile_us, found.form_us))
-        return str(found.layer), *times, self.winner, tuning.tile_name(found.tile), found.form, when
+        times = ("fails" if time == math.inf else f"{time:.1f}" for time in (found.tile_us, found.form_us))
+        tile = "-" if found.tile is None else tuning.tile_name(found.tile)
+        return str(found.layer), *times, self.winner, tile, found.form, when
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Tuned:
     """What ``tune`` measured; ``str()`` of it is a table."""
 
     rows: tuple[Row, ...] = ()
-    left: tuple[Layer, ...] = ()  # not measured: they stay predicted
+    left: tuple[Layer | Tail, ...] = ()  # not measured, or not to the end: they stay predicted
     note: str = ""  # why there are no rows
 
     def __str__(self) -> str:
@@ -73,6 +77,7 @@ def tune_network(
 ) -> Tuned:
     """Measure the kernels in every tile choice and the library in every form, for each layer of a run on ``images``.
 
+    The layers are those of ``predict``, with the tail, for a ``ResNetModel``, and else those of a call.
     Each is compared with PyTorch in fp64 before it is timed; what is wrong or fails is warned of and never chosen. The
     fastest decide from then on, in this process and, kept in the user's cache directory for this GPU, these versions of
     torch and triton and these shapes, in later ones. The layers with the most multiplications come first.
@@ -80,14 +85,16 @@ def tune_network(
     Args:
         model: in eval mode. Its weights do not matter: random tensors are measured.
         images: what it takes, on the GPU.
-        seconds: of measuring, shared by the candidates; the layer that is being measured then is finished. Compiling,
-            as many candidates at a time as there are cores, comes on top. An interrupt keeps the layers that are done.
+        seconds: of measuring, shared by the candidates. No candidate begins after them: a layer that is not done then
+            is left as it was. Compiling, as many candidates at a time as there are cores, comes on top. An interrupt
+            keeps the layers that are done.
         again: whether to measure what was measured earlier, too.
         progress: called before each layer and at the end.
         timer: see ``fastdeeplab.kernels.measure.measure``.
 
     Returns:
-        What is known now; empty, with a note why, where no kernel can run, as on a CPU.
+        What is known now, with the names of the layers that are left; empty, with a note why, where no kernel can run,
+        as on a CPU.
 
     Raises:
         ValueError: ``seconds`` is not a positive number, or what the model raises for the images.
@@ -98,7 +105,7 @@ def tune_network(
     if model.training:
         raise RuntimeError("tuning needs the model in eval mode: call model.eval() first")
     with kernels.recording() as found:
-        model(images)
+        model.predict(images) if isinstance(model, ResNetModel) else model(images)
     if kernels_are_off():
         return Tuned(note="FASTDEEPLAB_KERNELS=torch")
     counts = Counter(layer for layer, _ in found)
@@ -119,7 +126,7 @@ def tune_network(
         if progress:
             progress(number, len(layers), str(layer))
         share = seconds / sum(candidates[later] for later in layers[number:])
-        found_now, spent = _measure(layer, images.device, min(MOST_SECONDS, share), timer)
+        found_now, spent = _measure(layer, images.device, min(MOST_SECONDS, share), seconds, timer)
         seconds -= spent
         if found_now:
             writable = _keep(found_now, writable)
@@ -131,18 +138,24 @@ def tune_network(
     return Tuned(tuple(rows), tuple(left))
 
 
-def _count_candidates(layer: Layer, device: torch.device) -> int:
-    """0 where no kernel serves the layer."""
-    tiles = tuning.tile_choices(layer, device)
-    return len(tiles) + len(tuning.library_forms(layer, device)) if tiles else 0
+def _count_candidates(layer: Layer | Tail, device: torch.device) -> int:
+    """0 where no kernel runs, or there is no choice."""
+    if isinstance(layer, Tail):
+        return tail_tuning.candidates(layer, device)
+    if why_not(device, layer.dtype) is not None:
+        return 0
+    count = len(tuning.tile_choices(layer, device)) + len(tuning.library_forms(layer, device))
+    return count if count > 1 else 0
 
 
-def _work(layer: Layer) -> int:
+def _work(layer: Layer | Tail) -> int:
     """Multiplications."""
+    if isinstance(layer, Tail):
+        return 2 * layer.N * layer.K * layer.H * layer.W
     return layer.pixels * layer.C * layer.C_out * math.prod(layer.kernel) * len(layer.dilations)
 
 
-def _measured_earlier(layer: Layer, device: torch.device) -> Measurement | None:
+def _measured_earlier(layer: Layer | Tail, device: torch.device) -> Measured | None:
     """On this machine, with the versions at hand."""
     gpu = Gpu.of(device)
     row = decisions.measured_here(gpu.name, gpu.capability).get(layer)
@@ -150,22 +163,36 @@ def _measured_earlier(layer: Layer, device: torch.device) -> Measurement | None:
 
 
 def _measure(
-    layer: Layer, device: torch.device, seconds: float, timer: Timer | None
-) -> tuple[Measurement | None, float]:
-    """The fastest candidates, None if all are wrong or memory is too small; and the seconds that it took."""
+    layer: Layer | Tail, device: torch.device, share: float, seconds: float, timer: Timer | None
+) -> tuple[Measured | None, float]:
+    """The fastest candidates, and the seconds that it took, of which compiling is none.
+
+    None if time or memory is too small, or all are wrong.
+
+    Args:
+        share: seconds of repeating each candidate.
+        seconds: after which no candidate begins.
+    """
     start = perf_counter()
+    found: Measured | None = None
     with torch.autocast(device.type, enabled=False):
         try:
-            tuning.compile_choices(layer, device)
-            start = perf_counter()  # compiling is not counted
-            times = tuning.tune(layer, device, seconds=seconds, timer=timer)
+            if isinstance(layer, Tail):
+                tail_tuning.compile_strips(layer, device)
+                start = perf_counter()
+                found = tail_tuning.tune_tail(layer, device, seconds=share, until=start + seconds, timer=timer)
+            else:
+                tuning.compile_choices(layer, device)
+                start = perf_counter()
+                times = tuning.tune(layer, device, seconds=share, until=start + seconds, timer=timer)
+                if len(times.tiles) + len(times.forms) == _count_candidates(layer, device):
+                    found = tuning.fastest(layer, device, times)
         except torch.OutOfMemoryError as error:
             warnings.warn(f"{layer} is not measured: {error}", RuntimeWarning, stacklevel=3)
-            return None, perf_counter() - start
-    return tuning.fastest(layer, device, times), perf_counter() - start
+    return found, perf_counter() - start
 
 
-def _keep(measurement: Measurement, writable: bool) -> bool:
+def _keep(measurement: Measured, writable: bool) -> bool:
     """Let it decide from now on, and write it if the user's table is still ``writable``; whether it is then."""
     decisions.remember(measurement)
     if not writable:

@@ -200,8 +200,10 @@ def upsample_argmax(
     checks.check_logits(logits)
     checks.check_size(size)
     checks.check_index_dtype(dtype, logits.shape[1])
-    impl = _chosen("upsample_argmax", impl, logits)
-    return torch.ops.fastdeeplab.upsample_argmax(logits, size, dtype, impl)
+    chosen = _chosen("upsample_argmax", impl, logits)
+    if (impl, chosen) == ("auto", "triton"):
+        chosen = "auto"  # decided when the operator runs, by what was measured of this shape
+    return torch.ops.fastdeeplab.upsample_argmax(logits, size, dtype, chosen)
 
 
 def upsample_cross_entropy(

@@ -195,10 +195,11 @@ def upsample_argmax_kernel(
 
 
 def upsample_argmax(
-    logits: torch.Tensor, size: tuple[int, int], dtype: torch.dtype, *, tile: Tile | None = None
+    logits: torch.Tensor, size: tuple[int, int], dtype: torch.dtype, *, tile: tuple[int, ...] | None = None
 ) -> torch.Tensor:
     """Launch the kernel: logits (N, K, h, w), size (H, W) -> class indices (N, H, W) of `dtype`.
 
+    `tile` begins with the rows and columns of a strip; by default it is the one of `choose_tile`.
     The arguments are valid: h, w, K >= 1, a floating logits dtype, and an index dtype that holds K - 1.
     """
     N, K, h, w = logits.shape
@@ -206,7 +207,7 @@ def upsample_argmax(
     out = torch.empty((N, H, W), dtype=dtype, device=logits.device)
     if out.numel() == 0:
         return out
-    rows, columns, _ = tile or choose_tile(N, h, w, H, W)
+    rows, columns = (tile or choose_tile(N, h, w, H, W))[:2]
     strips_y, strips_x = strips_per_cell(h, H, rows), strips_per_cell(w, W, columns)
     strips = (h + 1) * strips_y * (w + 1) * strips_x
     programs = N * triton.cdiv(strips, BLOCK)

@@ -4,6 +4,7 @@ What runs, and why, is decided in ``decisions``.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,6 +54,7 @@ IEEE_TILES: tuple[Row, ...] = ((ALL, Tile("pointer", 64, 64, 16, num_warps=4, nu
 # Rows that do not begin at multiples of 16 bytes are read or written value by value, which takes many registers, too.
 ODD_TILES: tuple[Row, ...] = ((ALL, Tile("pointer", 64, 32, 16, num_warps=4, num_stages=3)),)
 SPLITS = (1, 2, 4, 8)
+MAX_BOX = 256  # elements along one dimension of a box of "boxes_tma": the hardware's limit
 MIN_STEPS = 4  # of the K loop, in each split
 DEFAULT_FORM = "conv_pointwise"  # of the library, where nothing was measured
 
@@ -138,9 +140,15 @@ class Layer:
 
     def runs(self, tile: Tile) -> list[tuple[int, int]]:
         """The tiles along the pixels: how many, and with how many taps each."""
-        if not tile.skip:
-            return [(-(-self.pixels // tile.block_m), math.prod(self.kernel))]
         size, block_m = (self.N, self.H, self.W), tile.block_m
+        if tile.kernel == "boxes_tma":
+            convolutions = tuple((3, dilation) for dilation in self.dilations)
+            if self.function == "aspp_branches":
+                convolutions = ((1, 1), *convolutions)
+            box = choose_box(block_m, *size, convolutions, tile.skip)
+            return [run for each in convolutions for run in box_runs(*size, *each, box, tile.skip)]
+        if not tile.skip:
+            return [(-(-self.pixels // block_m), math.prod(self.kernel))]
         if self.function == "conv_bn_relu":
             return rectangle_runs(*size, self.dilations[0], block_m)
         found = [(-(-self.pixels // block_m), 1)]
@@ -193,6 +201,51 @@ def is_whole(N: int, H: int, W: int, dilation: int, block_m: int) -> bool:
     return executed(masked_run(N, H, W, block_m)) < executed(rectangle_runs(N, H, W, dilation, block_m))
 
 
+@lru_cache(maxsize=4096)
+def choose_box(
+    block_m: int, N: int, H: int, W: int, convolutions: tuple[tuple[int, int], ...], skip: bool
+) -> tuple[int, int, int]:
+    """Images, rows and columns of the box of ``block_m`` pixels with the fewest taps executed; the most compact one.
+
+    Args:
+        convolutions: kernel and dilation of each that shares the launch.
+    """
+    sizes = [1 << i for i in range(MAX_BOX.bit_length())]
+    boxes = [(n, h, w) for n in sizes for h in sizes for w in sizes if n * h * w == block_m]
+
+    def cost(box: tuple[int, int, int]) -> tuple[int, int, int]:
+        images, rows, columns = box
+        taps = sum(
+            sum(taps_along(H, rows, kernel, dilation, skip)) * sum(taps_along(W, columns, kernel, dilation, skip))
+            for kernel, dilation in convolutions
+        )
+        return -(-N // images) * taps, images, rows + columns
+
+    return min(boxes, key=cost)
+
+
+def taps_along(size: int, length: int, kernel: int, dilation: int, skip: bool) -> list[int]:
+    """Of each box along an axis, the taps that are executed: those that read inside the map from any of its pixels."""
+    half = kernel // 2
+    return [
+        min(half, (min(start + length, size) - 1) // dilation) + 1 + min(half, (size - 1 - start) // dilation)
+        if skip
+        else kernel
+        for start in range(0, size, length)
+    ]
+
+
+def box_runs(
+    N: int, H: int, W: int, kernel: int, dilation: int, box: tuple[int, int, int], skip: bool
+) -> list[tuple[int, int]]:
+    """How many boxes execute how many taps, over all images."""
+    images, rows, columns = box
+    taps = Counter(map(math.prod, product(
+        taps_along(H, rows, kernel, dilation, skip), taps_along(W, columns, kernel, dilation, skip)
+    )))  # fmt: skip
+    return [(-(-N // images) * count, number) for number, count in taps.items()]
+
+
 def live_share(H: int, W: int, kernel: int, dilation: int) -> float:
     """Share of the pairs of a pixel and a tap that read inside the map, with a padding that keeps the map's size."""
 
@@ -223,7 +276,7 @@ def tiles_for(layer: Layer, capability: tuple[int, int]) -> tuple[Tile, ...]:
         return ()
     found = []
     table = TILES
-    if not layer.aligned or layer.C * itemsize % 16 or layer.C_out * itemsize % 16:
+    if not is_even(layer):
         table = ODD_TILES
     elif layer.precision == "ieee" and layer.dtype == torch.float32:
         table = IEEE_TILES
@@ -248,9 +301,77 @@ def _serves(kernel: str, layer: Layer) -> bool:
         return False
     if kernel == "pointer":
         return True
-    whole_chunks = all(channels * layer.dtype.itemsize % 16 == 0 for channels in (layer.C, layer.C_out))
     gemm = layer.kernel == (1, 1) and (layer.stride, layer.padding) == (1, 0)
-    return layer.aligned and whole_chunks and (gemm if kernel == "gemm_tma" else layer.shrinkable)
+    return is_even(layer) and (gemm if kernel == "gemm_tma" else layer.shrinkable)
+
+
+def forms_for(layer: Layer) -> tuple[str, ...]:
+    """The library's forms that differ for a layer on CUDA; cuDNN takes no shift per image, as the projection's is."""
+    forms = [DEFAULT_FORM, "conv_fused_pointwise"]
+    if layer.relu and layer.function != "aspp_projection":
+        forms.append("cudnn_relu")
+        product = layer.kernel == (1, 1) and layer.stride == 1 and not layer.padding and not layer.residual
+        if product and layer.dtype.itemsize == 2:
+            forms.append("addmm_relu")
+    return tuple(forms)
+
+
+class Strip(NamedTuple):
+    """The output pixels of one thread of ``upsample_argmax``."""
+
+    rows: int
+    columns: int
+
+
+STRIPS = (Strip(8, 4), Strip(4, 4), Strip(2, 2), Strip(1, 1))
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What decides how fast upsampling and argmax can be."""
+
+    N: int
+    K: int
+    h: int
+    w: int
+    H: int
+    W: int
+    dtype: torch.dtype  # of the logits
+    channels_last: bool  # a pixel's logits lie side by side
+    function: str = "upsample_argmax"
+
+    @staticmethod
+    def of(logits: torch.Tensor, size: Sequence[int]) -> "Tail":
+        (N, K, h, w), (H, W) = logits.shape, size
+        return Tail(N, K, h, w, H, W, logits.dtype, channels_last=logits.stride(1) == 1)
+
+    def __str__(self) -> str:
+        """Such as ``8x21x65x65->520x520``."""
+        return f"{self.N}x{self.K}x{self.h}x{self.w}->{self.H}x{self.W}"
+
+
+def sparing(layer: Layer, tiles: Sequence[Tile]) -> list[Tile]:
+    """Those that execute few pairs of a pixel and a tap more than the one that executes the fewest.
+
+    A sixteenth more in ASPP's branches, where the executed share is what the kernels are for; an eighth elsewhere.
+    """
+    most = 1 + (1 / 16 if layer.function == "aspp_branches" else 1 / 8)
+    fewest = min(map(layer.executed, tiles), default=0)
+    return [tile for tile in tiles if layer.executed(tile) <= most * fewest]
+
+
+def splits_of(layer: Layer, tile: Tile, capability: tuple[int, int]) -> tuple[int, ...]:
+    """The numbers of splits that a tile choice may have; storing partial sums, these two spill registers on sm_120."""
+    full = architecture(capability) == 120 and (
+        not is_even(layer) or (tile.kernel, tile.block_m, tile.block_n) == ("pointer", 64, 128)
+    )
+    return SPLITS[:1] if full else SPLITS
+
+
+def is_even(layer: Layer) -> bool:
+    """Whether every row of values begins at a multiple of 16 bytes."""
+    whole_chunks = all(channels * layer.dtype.itemsize % 16 == 0 for channels in (layer.C, layer.C_out))
+    return layer.aligned and whole_chunks
 
 
 class Gpu(NamedTuple):
@@ -276,8 +397,7 @@ def predict_tile(layer: Layer, gpu: Gpu, tiles: tuple[Tile, ...]) -> Tile:
     The cost is that of the waves of programs over the multiprocessors times a program's steps of the K loop. A step
     multiplies block_m x block_n and loads block_m + block_n rows, a row for as long as 32 multiplications take. The
     rest of a program lasts as long as two steps, partial sums, written and read again, as long as eight more. Programs
-    are split where they make fewer than two waves. Tiles that execute an eighth more than the most sparing ones are
-    left out, however the waves fall.
+    are split where they make fewer than two waves. Tiles that are not sparing are left out, however the waves fall.
     """
 
     def cost(tile: Tile) -> float:
@@ -291,6 +411,9 @@ def predict_tile(layer: Layer, gpu: Gpu, tiles: tuple[Tile, ...]) -> Tile:
         step = tile.block_k * (tile.block_m * tile.block_n + 32 * (tile.block_m + tile.block_n))
         return waves * step * (steps / tile.splits + (2 if tile.splits == 1 else 10))
 
-    fewest = min(map(layer.executed, tiles))
-    sparing = [tile for tile in tiles if layer.executed(tile) <= 1.125 * fewest]
-    return min((tile._replace(splits=splits) for tile, splits in product(sparing, SPLITS)), key=cost)
+    choices = (
+        tile._replace(splits=number)
+        for tile in sparing(layer, tiles)
+        for number in splits_of(layer, tile, gpu.capability)
+    )
+    return min(choices, key=cost)

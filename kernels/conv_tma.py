@@ -24,7 +24,6 @@ Source: implicit GEMM as in Chetlur et al., "cuDNN: Efficient Primitives for Dee
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -32,53 +31,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .candidates import Tile
+from .candidates import MAX_BOX, Tile, choose_box
 from .splits import add_splits, adding_programs, scale_and_shift
 
-MAX_BOX = 256  # elements along one dimension of a box
 WEIGHTS = 4  # of one launch: a tensor map must be an argument of its own, Triton launches none that is inside a tuple
 
 # Triton 3.6 lacks the option: there the tensor cores cut fp32 numbers off where they become TF32.
 CAN_ROUND_TO_TF32 = "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__
 
 
-@lru_cache(maxsize=4096)
-def choose_box(
-    block_m: int, N: int, H: int, W: int, convolutions: tuple[tuple[int, int], ...], skip: bool
-) -> tuple[int, int, int]:
-    """IMAGES, TILE_H, TILE_W of ``block_m`` pixels that compute the fewest taps; the most compact of those.
-
-    Args:
-        convolutions: kernel and dilation of each that shares the launch.
-    """
-    sizes = [1 << i for i in range(MAX_BOX.bit_length())]
-    boxes = [(n, h, w) for n in sizes for h in sizes for w in sizes if n * h * w == block_m]
-
-    def cost(box: tuple[int, int, int]) -> tuple[int, int, int]:
-        images, tile_h, tile_w = box
-        taps = sum(
-            executed_taps(H, tile_h, kernel, dilation, skip) * executed_taps(W, tile_w, kernel, dilation, skip)
-            for kernel, dilation in convolutions
-        )
-        return -(-N // images) * taps, images, tile_h + tile_w
-
-    return min(boxes, key=cost)
-
-
-def executed_taps(size: int, tile: int, kernel: int, dilation: int, skip: bool) -> int:
-    """Along one axis: the taps that are computed, summed over the tiles; see ``live_taps``."""
-    if not skip:
-        return -(-size // tile) * kernel
-    half = kernel // 2
-    return sum(
-        min(half, (min(start + tile, size) - 1) // dilation) + 1 + min(half, (size - 1 - start) // dilation)
-        for start in range(0, size, tile)
-    )
-
-
 @triton.jit
 def live_taps(start, size, kernel, dilation, TILE: tl.constexpr, SKIP: tl.constexpr):
-    """Along one axis: the first tap of a tile that reads inside the map, and their number."""
+    """Along one axis: the first tap of a tile that reads inside the map, and their number; see ``taps_along``."""
     if SKIP:
         half = kernel // 2
         last = tl.minimum(start + TILE, size) - 1

@@ -13,7 +13,7 @@ import re
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -23,9 +23,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .candidates import DEFAULT_FORM, SPLITS, Gpu, Layer, Tile, predict_tile, tiles_for
-from .library import FORMS
+from .candidates import (
+    DEFAULT_FORM,
+    STRIPS,
+    Gpu,
+    Layer,
+    Strip,
+    Tail,
+    Tile,
+    architecture,
+    forms_for,
+    predict_tile,
+    sparing,
+    splits_of,
+    tiles_for,
+)
 
+SIMILAR = 4  # times as many pixels, or as few, may a layer have that was measured in another's stead
 FORMAT = 1  # of a kept measurement; a new number where the kernels become faster, too, lets all be measured anew
 
 
@@ -36,13 +50,20 @@ class Decision(NamedTuple):
     why: str
 
 
-_recorded: ContextVar[list[tuple[Layer, Decision]] | None] = ContextVar("_recorded", default=None)
+class TailDecision(NamedTuple):
+    impl: str  # "triton" or "torch"
+    strip: Strip | None  # of the kernel; None: the one that it predicts
+    why: str
+
+
+Recorded = list[tuple[Any, Any]]  # a Layer with its Decision, or a Tail with its TailDecision
+_recorded: ContextVar[Recorded | None] = ContextVar("_recorded", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[list[tuple[Layer, Decision]]]:
-    """The layers that run inside, in eager mode, with what was decided for each."""
-    found: list[tuple[Layer, Decision]] = []
+def recording() -> Iterator[Recorded]:
+    """The layers that run inside, in eager mode, with what was decided for each; the tail is one of them."""
+    found: Recorded = []
     token = _recorded.set(found)
     try:
         yield found
@@ -55,27 +76,31 @@ def is_recording() -> bool:
     return _recorded.get() is not None
 
 
-def record(layer: Layer, decision: Decision) -> None:
+def record(layer: Layer | Tail, decision: Decision | TailDecision) -> None:
     if (found := _recorded.get()) is not None:
         found.append((layer, decision))
 
 
 class Measurement(NamedTuple):
-    """The fastest tile choice and the fastest library form of a layer on a GPU, in microseconds."""
+    """The fastest tile choice and the fastest library form of a layer on a GPU, in microseconds.
+
+    Where no tile choice serves the layer there is none, and its time is infinite.
+    """
 
     gpu: str
     capability: tuple[int, int]
     torch: str  # versions
     triton: str
     layer: Layer
-    tile: Tile
+    tile: Tile | None
     tile_us: float
     form: str
     form_us: float
     commit: str = ""  # of this project, in the shipped table
 
     def to_json(self) -> dict[str, Any]:
-        return self._asdict() | {"layer": _layer_json(self.layer), "tile": self.tile._asdict()}
+        tile = None if self.tile is None else self.tile._asdict()
+        return self._asdict() | {"layer": _layer_json(self.layer), "tile": tile}
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> "Measurement":
@@ -84,12 +109,42 @@ class Measurement(NamedTuple):
         parts = {
             "capability": tuple(row["capability"]),
             "layer": Layer(**layer | tuples | {"dtype": getattr(torch, layer["dtype"])}),
-            "tile": Tile(**row["tile"]),
+            "tile": None if row["tile"] is None else Tile(**row["tile"]),
         }
         return Measurement(**row | parts)
 
 
-def _layer_json(layer: Layer) -> dict[str, Any]:
+class TailMeasurement(NamedTuple):
+    """The fastest strip of ``upsample_argmax`` for a tail on a GPU, and PyTorch, in microseconds."""
+
+    gpu: str
+    capability: tuple[int, int]
+    torch: str  # versions
+    triton: str
+    layer: Tail
+    tile: Strip
+    tile_us: float
+    form: str
+    form_us: float
+
+    def to_json(self) -> dict[str, Any]:
+        return self._asdict() | {"layer": _layer_json(self.layer), "tile": self.tile._asdict()}
+
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> "TailMeasurement":
+        layer = row["layer"]
+        parts = {
+            "capability": tuple(row["capability"]),
+            "layer": Tail(**layer | {"dtype": getattr(torch, layer["dtype"])}),
+            "tile": Strip(**row["tile"]),
+        }
+        return TailMeasurement(**row | parts)
+
+
+Measured = Measurement | TailMeasurement
+
+
+def _layer_json(layer: Layer | Tail) -> dict[str, Any]:
     return vars(layer) | {"dtype": str(layer.dtype).removeprefix("torch.")}
 
 
@@ -102,7 +157,7 @@ def versions() -> tuple[str, str]:
 # The tables: what ships, and what was measured on this machine, a small file per layer, each written at once, so that
 # processes need no locks among them and none loses another's rows.
 
-_tables: dict[tuple[str, tuple[int, int]], Mapping[Layer, Measurement]] = {}  # replaced, never changed
+_tables: dict[tuple[str, tuple[int, int]], Mapping[Layer | Tail, Measured]] = {}  # replaced, never changed
 _lock = threading.RLock()
 _changes = 0
 
@@ -119,7 +174,7 @@ def table_folder(gpu: str, capability: tuple[int, int]) -> Path:
     return Path(torch.hub.get_dir()).parent / "fastdeeplab" / re.sub(r"[^\w.+-]+", "-", name)
 
 
-def measured_here(gpu: str, capability: tuple[int, int]) -> Mapping[Layer, Measurement]:
+def measured_here(gpu: str, capability: tuple[int, int]) -> Mapping[Layer | Tail, Measured]:
     """What was measured on this machine, read from the user's table when a process first asks.
 
     Warns of what can't be read, which counts as never measured.
@@ -127,14 +182,14 @@ def measured_here(gpu: str, capability: tuple[int, int]) -> Mapping[Layer, Measu
     with _lock:
         if (gpu, capability) not in _tables:
             folder = table_folder(gpu, capability)
-            rows = filter(None, map(_read, _files(folder)))
+            rows: list[Measured] = [row for row in map(_read, _files(folder)) if row]
             _tables[gpu, capability] = {
                 row.layer: row for row in rows if (row.gpu, row.capability) == (gpu, capability)
             }
         return _tables[gpu, capability]
 
 
-def remember(measurement: Measurement) -> None:
+def remember(measurement: Measured) -> None:
     """Let a measurement made on this machine decide from now on, in this process."""
     global _changes
     key = measurement.gpu, measurement.capability
@@ -143,7 +198,7 @@ def remember(measurement: Measurement) -> None:
         _changes += 1
 
 
-def store(measurement: Measurement) -> None:
+def store(measurement: Measured) -> None:
     """Write a measurement to the user's table, in place of an older one of its layer.
 
     Raises:
@@ -159,7 +214,7 @@ def store(measurement: Measurement) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _file_name(layer: Layer) -> str:
+def _file_name(layer: Layer | Tail) -> str:
     return hashlib.sha256(json.dumps(_layer_json(layer), sort_keys=True).encode()).hexdigest()[:20] + ".json"
 
 
@@ -173,13 +228,14 @@ def _files(folder: Path) -> list[Path]:
         return []
 
 
-def _read(path: Path) -> Measurement | None:
+def _read(path: Path) -> Measured | None:
     """None if the file is damaged, of another format, or of versions that are not these."""
     try:
         row = json.loads(path.read_text())
         if row.pop("format") != FORMAT:
             return None
-        measurement = Measurement.from_json(row)
+        kind = TailMeasurement if row["layer"]["function"] == "upsample_argmax" else Measurement
+        measurement: Measured = kind.from_json(row)
         if path.name != _file_name(measurement.layer):
             raise ValueError("its name is another layer's")
         times = measurement.tile_us, measurement.form_us
@@ -193,24 +249,34 @@ def _read(path: Path) -> Measurement | None:
     return measurement if (measurement.torch, measurement.triton) == versions() else None
 
 
-def usable(row: Measurement, capability: tuple[int, int]) -> bool:
+def usable(row: Measured, capability: tuple[int, int]) -> bool:
     """Whether what was measured is still among what may serve the layer."""
-    listed = row.tile._replace(splits=1) in tiles_for(row.layer, capability)
-    return listed and row.tile.splits in SPLITS and row.form in FORMS
+    if isinstance(row, TailMeasurement):
+        return row.tile in STRIPS
+    tiles = tiles_for(row.layer, capability)
+    if row.tile is None:
+        return not tiles and row.form in forms_for(row.layer)
+    listed = row.tile._replace(splits=1) in tiles and row.tile.splits in splits_of(row.layer, row.tile, capability)
+    return listed and row.form in forms_for(row.layer)
 
 
 def _measured(layer: Layer, gpu: Gpu) -> Measurement | None:
-    """Of this very layer on this GPU; else of the most similar number of pixels; else of another GPU of its kind."""
+    """Of this very layer on this GPU; else of a similar number of pixels; else of another GPU of its kind."""
 
-    def apart(row: Measurement) -> tuple[bool, bool, int]:
-        powers_of_two = abs(row.layer.pixels.bit_length() - layer.pixels.bit_length())
-        return row.gpu != gpu.name, row.layer != layer, powers_of_two
+    def times(row: Measurement) -> float:
+        few, many = sorted((row.layer.pixels, layer.pixels))
+        return many / few
+
+    def apart(row: Measurement) -> tuple[bool, bool, float]:
+        return row.gpu != gpu.name, row.layer != layer, times(row)
 
     similar = [
         row
         for row in (*measured_here(gpu.name, gpu.capability).values(), *shipped())  # of equals the first is taken
-        if row.capability == gpu.capability
+        if isinstance(row, Measurement)
+        and architecture(row.capability) == architecture(gpu.capability)
         and replace(row.layer, N=layer.N, H=layer.H, W=layer.W) == layer
+        and times(row) <= SIMILAR
         and usable(row, gpu.capability)
     ]
     return min(similar, key=apart, default=None)
@@ -226,20 +292,44 @@ def _decide(layer: Layer, impl: str, device: torch.device, changes: int) -> Deci
     """``changes`` of the tables so far: what was decided by an older one, in whichever thread, is not found again."""
     gpu = Gpu.of(device)
     tiles = tiles_for(layer, gpu.capability)
-    if not tiles:
-        why = "no tile choice serves the layer"
-        return Decision("nothing" if impl == "triton" else "torch", None, DEFAULT_FORM, why)
     row = _measured(layer, gpu)
-    if row is None:
+    form, why = DEFAULT_FORM, ""
+    if row is not None:
+        form, why = row.form, f"measured on {row.gpu}" + ("" if row.layer == layer else " at another size")
+    if not tiles:
+        unserved = "no tile choice serves the layer"
+        if impl == "triton":
+            return Decision("nothing", None, form, unserved)
+        return Decision("torch", None, form, f"{unserved}; the library's call is {why}" if why else unserved)
+    if row is None or row.tile is None or not _fits(row.tile, layer, tiles, exact=row.layer == layer):
         # The descriptor kernels are chosen by measurement only.
         tile = predict_tile(layer, gpu, tuple(tile for tile in tiles if tile.kernel == "pointer"))
-        form, (auto, why) = DEFAULT_FORM, _predict(layer)
+        auto, why = _predict(layer)
     else:
-        exact = row.layer == layer
-        tile = row.tile if exact else predict_tile(layer, gpu, (row.tile._replace(splits=1),))
-        form, auto = row.form, "triton" if row.tile_us < row.form_us else "torch"
-        why = f"measured on {row.gpu}" if exact else f"measured on {row.gpu} at another size"
+        tile = row.tile if row.layer == layer else predict_tile(layer, gpu, (row.tile._replace(splits=1),))
+        auto = "triton" if row.tile_us < row.form_us else "torch"
     return Decision(auto, tile, form, why) if impl == "auto" else Decision(impl, tile, form, "as asked for")
+
+
+def _fits(tile: Tile, layer: Layer, tiles: Sequence[Tile], exact: bool) -> bool:
+    """Whether a measured tile choice is one for a layer; of another size it may execute far more than others here."""
+    return exact or tile._replace(splits=1) in sparing(layer, tiles)
+
+
+def decide_tail(tail: Tail, impl: str, device: torch.device) -> TailDecision:
+    """Decide what runs a tail that is not empty when ``impl`` is asked for, on a device where kernels run."""
+    return _decide_tail(tail, impl, device, _changes)
+
+
+@lru_cache(maxsize=4096)
+def _decide_tail(tail: Tail, impl: str, device: torch.device, changes: int) -> TailDecision:
+    """``changes`` as in ``_decide``."""
+    gpu = Gpu.of(device)
+    row = measured_here(gpu.name, gpu.capability).get(tail)
+    strip, auto, why = None, "triton", "predicted: it never writes the full-size logits"
+    if isinstance(row, TailMeasurement) and usable(row, gpu.capability):
+        strip, auto, why = row.tile, "triton" if row.tile_us < row.form_us else "torch", f"measured on {row.gpu}"
+    return TailDecision(auto, strip, why) if impl == "auto" else TailDecision(impl, strip, "as asked for")
 
 
 def _predict(layer: Layer) -> tuple[str, str]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FP16_SAFE = (2.0**-10, 2.0**14)  # the largest weight of a channel, far enough from fp16's limits
 # Full-size logits in a chunk. On a GPU a chunk is as large as keeps it busy, on a CPU as fits into its caches.
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
@@ -162,11 +163,8 @@ def aspp_branches(
     return concatenated_branches(conv_pointwise, x, weights, scale, shift, rates)
 
 
-@_full_precision
 def aspp_projection(branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor) -> Tensor:
-    weight, shift = split_projection(branches, pooled, weight, scale, shift)
-    y = F.conv2d(_channels_last(branches), _folded(weight, scale))
-    return _channels_last(y.add_(shift[:, :, None, None]).relu_())
+    return projection_of_branches(conv_pointwise, branches, pooled, weight, scale, shift)
 
 
 @_full_precision
@@ -181,8 +179,16 @@ def conv_pointwise(
     dilation: int,
     relu: bool,
 ) -> Tensor:
-    """The convolution, then a pass over its result for the residual and one for the ReLU."""
-    y = F.conv2d(_channels_last(x), _folded(weight, scale), shift.to(x.dtype), stride, padding, dilation)
+    """The convolution, then a pass over its result for the residual, one for a shift per image, one for the ReLU.
+
+    In fp16 with a scale, one more.
+    """
+    weight, rest = _folded(weight, scale)
+    bias = shift.to(x.dtype) if shift.ndim == 1 and rest is None else None
+    y = F.conv2d(_channels_last(x), weight, bias, stride, padding, dilation)
+    if bias is None:
+        shift = shift[..., None, None]
+        y = y.add_(shift) if rest is None else torch.addcmul(shift, y, rest[:, None, None]).to(x.dtype)
     y = y if residual is None else y.add_(residual)
     return _channels_last(y.relu_() if relu else y)
 
@@ -199,10 +205,14 @@ def cudnn_relu(
     dilation: int,
     relu: bool,
 ) -> Tensor:
-    """All in one call of cuDNN, on CUDA tensors without gradients; there is none of it without ReLU."""
-    if not relu:
+    """All in one call of cuDNN, on CUDA tensors without gradients; as ``conv_pointwise`` where it can't be.
+
+    That is without ReLU, and in fp16 with a scale.
+    """
+    own, rest = _folded(weight, scale)
+    if not relu or rest is not None:
         return conv_pointwise(x, weight, scale, shift, residual, stride, padding, dilation, relu)
-    x, weight, bias = _channels_last(x), _folded(weight, scale), shift.to(x.dtype)
+    x, weight, bias = _channels_last(x), own, shift.to(x.dtype)
     geometry = ([stride] * 2, [padding] * 2, [dilation] * 2, 1)
     if residual is None:
         return _channels_last(torch.cudnn_convolution_relu(x, weight, bias, *geometry))
@@ -224,12 +234,17 @@ def addmm_relu(
     dilation: int,
     relu: bool,
 ) -> Tensor:
-    """A 1x1 convolution as a matrix product with bias and ReLU in its epilogue; what is none, as ``conv_pointwise``."""
-    if not relu or residual is not None or weight.shape[2:] != (1, 1) or stride != 1 or padding:
+    """A 1x1 convolution as a matrix product with bias and ReLU in its epilogue; what is none, as ``conv_pointwise``.
+
+    Nor is one in fp32, where matrix products have a setting for TF32 of their own, and in fp16 with a scale.
+    """
+    product = weight.shape[2:] == (1, 1) and stride == 1 and not padding and x.dtype.itemsize == 2
+    own, rest = _folded(weight, scale)
+    if not (product and relu and residual is None and rest is None):
         return conv_pointwise(x, weight, scale, shift, residual, stride, padding, dilation, relu)
     N, _, H, W = x.shape
     pixels = _channels_last(x).permute(0, 2, 3, 1).flatten(0, 2)
-    y = torch._addmm_activation(shift.to(x.dtype), pixels, _folded(weight, scale).flatten(1).T)
+    y = torch._addmm_activation(shift.to(x.dtype), pixels, own.flatten(1).T)
     return _channels_last(y.view(N, H, W, -1).permute(0, 3, 1, 2))
 
 
@@ -248,6 +263,8 @@ def conv_fused_pointwise(
     """The convolution, then one pass over its result, by a Triton kernel, for all that follows; without gradients."""
     from . import splits
 
+    if x.dtype == torch.float16:  # the result has to fit before the scale, too
+        weight, scale = _folded(weight, scale)
     y = F.conv2d(_channels_last(x), _channels_last(weight), None, stride, padding, dilation)
     y = y.contiguous(memory_format=torch.channels_last)
     if y.numel():
@@ -284,24 +301,45 @@ def concatenated_branches(
     return torch.cat(branches, dim=1)
 
 
+def projection_of_branches(
+    convolve: Callable[..., Tensor],
+    branches: Tensor,
+    pooled: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+) -> Tensor:
+    """ASPP's projection by one of the FORMS that take a shift for each image: those named for what is pointwise."""
+    weight, shift = split_projection(branches, pooled, weight, scale, shift)
+    return convolve(branches, weight, scale, shift, None, 1, 0, 1, True)
+
+
 @_full_precision
 def split_projection(
     branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The branches' part of the weight, and the shift (N, C_out) with the pooled branch, constant per image, in it."""
     own, of_pooled = weight.tensor_split([branches.shape[1]], dim=1)
-    pooled, of_pooled = (
-        values.flatten(1).to(torch.promote_types(values.dtype, torch.float32)) for values in (pooled, of_pooled)
-    )
-    share = pooled @ of_pooled.T
+    pooled, of_pooled = (values.to(torch.promote_types(values.dtype, torch.float32)) for values in (pooled, of_pooled))
+    share = F.conv2d(pooled, of_pooled).flatten(1)  # a convolution, whose setting for TF32 is not matrix products'
     return own, shift + (share if scale is None else share * scale)
 
 
-def _folded(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """The weight with the scale of its output channels, rounded once; in channels_last memory."""
+def _folded(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The weight with the scale of its output channels, rounded once, in channels_last memory; and what is left of it.
+
+    In fp16 that is a power of two for each channel, (C_out,) fp32: 1 where the product fits, else what brings it there.
+    """
+    rest = None
     if scale is not None:
-        weight = (weight * scale[:, None, None, None]).to(weight.dtype)
-    return _channels_last(weight)
+        weight, dtype = weight * scale[:, None, None, None], weight.dtype
+        if dtype == torch.float16:
+            largest = weight.abs().amax((1, 2, 3), keepdim=True)
+            outside = ((largest < FP16_SAFE[0]) & (largest > 0)) | (largest > FP16_SAFE[1])
+            power = torch.where(outside, torch.exp2(torch.log2(largest).floor()), 1.0)
+            weight, rest = weight / power, power.flatten()
+        weight = weight.to(dtype)
+    return _channels_last(weight), rest
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from . import library
-from .candidates import DEFAULT_FORM, Layer, Tile
+from .candidates import DEFAULT_FORM, Layer, Tail, Tile
 from .checks import output_shape, pixel_pitch
 from .choice import convolution_precision, interpreting, why_not
-from .decisions import Decision, decide, record
+from .decisions import Decision, TailDecision, decide, decide_tail, record
 
 _library = torch.library.Library("fastdeeplab", "DEF")
 
@@ -44,9 +44,18 @@ def _triton(stem: str) -> ModuleType:
 
 
 def _upsample_argmax(logits: Tensor, size: Sequence[int], dtype: torch.dtype, impl: str) -> Tensor:
-    if _runs_triton(impl, logits):
-        return _triton("argmax").upsample_argmax(logits, size, dtype)
-    return library.upsample_argmax(logits, size, dtype=dtype)
+    if len(logits) == 0:
+        return _upsample_argmax_fake(logits, size, dtype, impl)
+    tail = Tail.of(logits, size)
+    obstacle = why_not(logits.device, logits.dtype) or (None if logits.is_cuda else "the interpreter is for tests")
+    if obstacle and not _runs_triton(impl, logits):
+        decision = TailDecision("torch", None, obstacle)
+    else:
+        decision = decide_tail(tail, impl, logits.device)
+    record(tail, decision)
+    if decision.impl == "torch":
+        return library.upsample_argmax(logits, size, dtype=dtype)
+    return _triton("argmax").upsample_argmax(logits, size, dtype, tile=decision.strip)
 
 
 def _upsample_argmax_fake(logits: Tensor, size: Sequence[int], dtype: torch.dtype, impl: str) -> Tensor:
@@ -285,7 +294,8 @@ def _aspp_projection(
     )  # fmt: skip
     decision = _decide(layer, impl, branches)
     if decision.impl == "torch":
-        return _channels_last(library.aspp_projection(branches, pooled, weight, scale, shift))
+        convolve = library.FORMS[decision.form]
+        return _channels_last(library.projection_of_branches(convolve, branches, pooled, weight, scale, shift))
     own_weight, shift = library.split_projection(branches, pooled, weight, scale, shift)
     assert decision.tile is not None
     out = _aspp_projection_fake(branches, pooled, weight)

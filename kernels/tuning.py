@@ -8,22 +8,25 @@ import importlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from time import perf_counter
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import library
-from .candidates import DEFAULT_FORM, MIN_STEPS, SPLITS, Gpu, Layer, Tile, tiles_for
+from .candidates import DEFAULT_FORM, MIN_STEPS, Gpu, Layer, Strip, Tail, Tile, forms_for, sparing, splits_of, tiles_for
 from .checks import output_size
 from .choice import convolution_precision, why_not
 from .decisions import Measurement, versions
 from .measure import Call, largest_error, measure
 
 Convolution = Callable[..., Tensor]  # of what random_inputs gives
+Timer = Callable[[Call], float]  # the milliseconds of a call
+Choice = TypeVar("Choice", Tile, Strip, str)
 
 
 class Times(NamedTuple):
@@ -34,7 +37,12 @@ class Times(NamedTuple):
 
 
 def tune(
-    layer: Layer, device: torch.device, *, seconds: float = 0.05, timer: Callable[[Call], float] | None = None
+    layer: Layer,
+    device: torch.device,
+    *,
+    seconds: float = 0.05,
+    until: float = math.inf,
+    timer: Timer | None = None,
 ) -> Times:
     """Measure every tile choice and library form of a layer on random inputs, with ``cudnn.benchmark`` on.
 
@@ -42,6 +50,7 @@ def tune(
         layer: whose kernels' scale is None, as in a folded network.
         device: where to measure; no tile choice is measured where the kernels can't run.
         seconds: about how long to repeat each.
+        until: when to stop, as ``time.perf_counter`` counts: what has not begun by then is not among the times.
         timer: see ``measure``.
 
     Raises:
@@ -51,23 +60,45 @@ def tune(
     expected = in_fp64(layer, inputs)
     limit = tolerance(layer.dtype, device)
 
-    def microseconds(name: str, candidate: Convolution) -> float:
-        try:
-            found = measure(
-                candidate, inputs, lambda *_: expected, limit, error=largest_error, seconds=seconds, timer=timer
-            )
-        except Exception as error:  # a compiler's, a launch's, too little memory, a wrong result
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            warnings.warn(f"{name} is left out for {layer}: {error}", RuntimeWarning, stacklevel=2)
-            return math.inf
-        return 1000 * found.p50
+    def timed(calls: Mapping[Choice, Convolution]) -> dict[Choice, float]:
+        def error(result: Tensor, _: None) -> float:
+            return largest_error(result, expected)
+
+        return time_each(layer, calls, inputs, error, limit, seconds=seconds, until=until, timer=timer)
 
     with _cudnn_benchmark():
         return Times(
-            {tile: microseconds(tile_name(tile), kernel_call(layer, tile)) for tile in tile_choices(layer, device)},
-            {form: microseconds(form, library_call(layer, form)) for form in library_forms(layer, device)},
+            timed({tile: kernel_call(layer, tile) for tile in tile_choices(layer, device)}),
+            timed({form: library_call(layer, form) for form in library_forms(layer, device)}),
         )
+
+
+def time_each(
+    layer: Layer | Tail,
+    calls: Mapping[Choice, Callable[..., Tensor]],
+    inputs: Sequence[Any],
+    error: Callable[[Tensor, None], float],
+    limit: float,
+    *,
+    seconds: float,
+    until: float,
+    timer: Timer | None,
+) -> dict[Choice, float]:
+    """The microseconds of each call, infinite where it fails or its result's error is above the limit; see ``tune``."""
+    times: dict[Choice, float] = {}
+    for choice, call in calls.items():
+        if perf_counter() >= until:
+            break
+        try:
+            found = measure(call, inputs, lambda *_: None, limit, error=error, seconds=seconds, timer=timer)
+            times[choice] = 1000 * found.p50
+        except Exception as failed:  # a compiler's, a launch's, too little memory, a wrong result
+            if inputs[0].is_cuda:
+                torch.cuda.synchronize(inputs[0].device)
+            name = choice if isinstance(choice, str) else tile_name(choice)
+            warnings.warn(f"{name} is left out for {layer}: {failed}", RuntimeWarning, stacklevel=2)
+            times[choice] = math.inf
+    return times
 
 
 def compile_choices(layer: Layer, device: torch.device) -> None:
@@ -89,11 +120,12 @@ def compile_choices(layer: Layer, device: torch.device) -> None:
 
 
 def fastest(layer: Layer, device: torch.device, times: Times) -> Measurement | None:
-    """The fastest tile choice and library form; None if no tile choice was tried, or nothing was right."""
-    if not times.tiles or min(*times.tiles.values(), *times.forms.values()) == math.inf:
+    """The fastest library form, and tile choice if any serves the layer; None where no kernel runs or all are wrong."""
+    if why_not(device, layer.dtype) is not None or min([*times.tiles.values(), *times.forms.values()]) == math.inf:
         return None
     gpu, (torch_version, triton_version) = Gpu.of(device), versions()
-    tile, form = _first_smallest(times.tiles), _first_smallest(times.forms)
+    tile = _first_smallest(times.tiles) if times.tiles else None
+    form = _first_smallest(times.forms)
     return Measurement(
         gpu=gpu.name,
         capability=gpu.capability,
@@ -101,41 +133,37 @@ def fastest(layer: Layer, device: torch.device, times: Times) -> Measurement | N
         triton=triton_version,
         layer=layer,
         tile=tile,
-        tile_us=times.tiles[tile],
+        tile_us=math.inf if tile is None else times.tiles[tile],
         form=form,
         form_us=times.forms[form],
     )
 
 
 def tile_choices(layer: Layer, device: torch.device) -> list[Tile]:
-    """Those that may serve a layer, also with their K loop split where a GPU has room for more programs."""
+    """The sparing ones that may serve a layer, also with their K loop split where a GPU has room for more programs."""
     if why_not(device, layer.dtype) is not None:
         return []
     gpu = Gpu.of(device)
     found = []
-    for tile in tiles_for(layer, gpu.capability):
+    for tile in sparing(layer, tiles_for(layer, gpu.capability)):
         runs = sum(count for count, _ in layer.runs(tile))
         programs = runs * -(-layer.C_out // tile.block_n)
         steps = layer.executed(tile) / (runs * tile.block_m) * -(-layer.C // tile.block_k)
         most = steps / MIN_STEPS if programs < 2 * gpu.multiprocessors else 1
-        found += [tile._replace(splits=splits) for splits in SPLITS if splits <= max(most, 1)]
+        splits = splits_of(layer, tile, gpu.capability)
+        found += [tile._replace(splits=number) for number in splits if number <= max(most, 1)]
     return found
 
 
-def library_forms(layer: Layer, device: torch.device) -> list[str]:
-    """Those that differ for a layer; all but the first need CUDA, and the projection has one form."""
-    if layer.function == "aspp_projection" or device.type != "cuda":
-        return [DEFAULT_FORM]
-    forms = [DEFAULT_FORM, "conv_fused_pointwise"]
-    if layer.relu:
-        forms.append("cudnn_relu")
-        if layer.kernel == (1, 1) and layer.stride == 1 and not layer.padding and not layer.residual:
-            forms.append("addmm_relu")
-    return forms
+def library_forms(layer: Layer, device: torch.device) -> tuple[str, ...]:
+    """Those that differ for a layer; all but the first need CUDA."""
+    return forms_for(layer) if device.type == "cuda" else (DEFAULT_FORM,)
 
 
-def tile_name(tile: Tile) -> str:
-    """Such as ``pointer-128x128x64-8w-3s-2split-skip``: warps, stages, splits."""
+def tile_name(tile: Tile | Strip) -> str:
+    """Such as ``pointer-128x128x64-8w-3s-2split-skip``: warps, stages, splits; or ``strips-8x4``."""
+    if isinstance(tile, Strip):
+        return f"strips-{tile.rows}x{tile.columns}"
     name = f"{tile.kernel}-{tile.block_m}x{tile.block_n}x{tile.block_k}-{tile.num_warps}w-{tile.num_stages}s"
     return name + (f"-{tile.splits}split" if tile.splits > 1 else "") + ("-skip" if tile.skip else "")
 
@@ -191,7 +219,7 @@ def library_call(layer: Layer, form: str) -> Convolution:
         return library.concatenated_branches(convolve, x, weights, None, shift, layer.dilations)
 
     def aspp_projection(branches: Tensor, pooled: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
-        return library.aspp_projection(branches, pooled, weight, None, shift)
+        return library.projection_of_branches(convolve, branches, pooled, weight, None, shift)
 
     functions: dict[str, Convolution] = {
         "conv_bn_relu": conv_bn_relu,

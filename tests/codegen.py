@@ -1,15 +1,16 @@
 """Compiles every tile choice of every kernel for every architecture, without a GPU, and reads the machine code.
 
-    python tests/codegen.py [--kernel NAME] [--arch 90 ...]
+    python tests/codegen.py [--thorough] [--kernel NAME] [--arch 90 ...]
 
 The real launchers run on CPU tensors: a stub driver names the architecture and each launch becomes a compilation, so
 what is checked is specialised as a launch would be. Checked: no spills, no local memory, shared memory within the
 chip's limit, the instructions that a case demands. Prints a table; exits with 1 if a check fails. Runs in a process of
 its own, since kernels that were defined under TRITON_INTERPRET cannot be compiled. A new kernel adds a function that
-yields its cases to CASES.
+yields its cases to CASES. Those that --thorough alone compiles combine what is compiled one by one without it: every
+tile choice in splits, with channels that do not fill a block, with and without skipping.
 
-Of a matrix product it is also checked that its loop loads asynchronously (cp.async or TMA), and that on sm_90 both
-operands come from shared memory.
+Of a matrix product it is also checked that its loop loads asynchronously (cp.async or TMA; not where rows begin at any
+multiple of two bytes, of which the hardware copies none so), and that on sm_90 both operands come from shared memory.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -31,9 +32,10 @@ from typing import Any
 import torch
 import triton
 from fastdeeplab.kernels import argmax, conv, conv_tma
-from fastdeeplab.kernels.candidates import IEEE_TILES, ODD_TILES, TILES, Tile, ships
+from fastdeeplab.kernels.candidates import IEEE_TILES, ODD_TILES, SPLITS, TILES, Layer, Tile, ships, splits_of
 from fastdeeplab.kernels.cross_entropy import cross_entropy_forward
 from fastdeeplab.kernels.cross_entropy_backward import cross_entropy_backward
+from fastdeeplab.kernels.tuning import tile_name
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -57,6 +59,8 @@ class Case:
     units: dict[str, tuple[str, ...]]
     demand: str = ""  # a regular expression that some instruction of the first kernel must match
     architectures: tuple[int, ...] = tuple(SHARED_LIMITS)
+    thorough: bool = False  # left out unless asked for
+    asynchronous: bool = True  # whether a product's operands can be loaded so: cp.async takes no less than four bytes
 
 
 def argmax_cases() -> Iterator[Case]:
@@ -141,8 +145,8 @@ def cross_entropy_cases() -> Iterator[Case]:
 def conv_cases() -> Iterator[Case]:
     """Every tile choice with every epilogue and way of reading, for the architectures that it ships for."""
 
-    def map_of(channels: int, dtype: torch.dtype, size: int = 33) -> Tensor:
-        return torch.empty(2, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    def map_of(channels: int, dtype: torch.dtype, size: int = 33, pitch: int | None = None) -> Tensor:
+        return torch.empty(2, size, size, pitch or channels, dtype=dtype)[..., :channels].permute(0, 3, 1, 2)
 
     def convolution(
         kind: str,
@@ -151,13 +155,14 @@ def conv_cases() -> Iterator[Case]:
         channels: int = 256,
         C_out: int | None = None,
         precision: str = "tf32",
+        pitch: int | None = None,
     ) -> None:
         C_out = C_out or channels
         kernel, stride = int(kind[0]), 2 if "stride 2" in kind else 1
         dilation = 6 if "dilated" in kind else 1
         launcher = conv if tile.kernel == "pointer" else conv_tma
         shared = {"tile": tile, "precision": precision}
-        x, out = map_of(channels, dtype), map_of(C_out, dtype, -(-33 // stride))
+        x, out = map_of(channels, dtype, pitch=pitch), map_of(C_out, dtype, -(-33 // stride), pitch)
         weights = [map_of(channels, dtype, kernel)[:1].repeat(C_out, 1, 1, 1) for kernel in (1, 3)]
         weights = [weight.contiguous(memory_format=torch.channels_last) for weight in weights]
         scale, shift = torch.empty(C_out), torch.empty(C_out)
@@ -168,19 +173,29 @@ def conv_cases() -> Iterator[Case]:
         elif "projection" in kind:
             launcher.aspp_projection(x, torch.empty(2, channels), weights[0], scale, out, **shared)
         else:
-            residual = map_of(C_out, dtype) if "residual" in kind else None
+            residual = map_of(C_out, dtype, out.shape[2], pitch) if "residual" in kind else None
             options = {"stride": stride, "padding": dilation * (kernel // 2), "dilation": dilation, "relu": True}
             launcher.conv_bn_relu(x, weights[kernel // 2], scale, shift, residual, out, **options, **shared)
 
-    def case(kind: str, architectures: tuple[int, ...], tile: Tile, dtype: torch.dtype, **options: Any) -> Case:
+    def case(
+        kind: str,
+        architectures: tuple[int, ...],
+        tile: Tile,
+        dtype: torch.dtype,
+        *,
+        thorough: bool = False,
+        **options: Any,
+    ) -> Case:
         return Case(
             kernel=f"conv {tile.kernel}",
-            choice=f"{tile.kernel} {kind} {tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps",
+            choice=f"{kind} {tile_name(tile)}",
+            thorough=thorough,
             dtypes=" ".join([str(dtype).removeprefix("torch."), *map(str, options.values())]),
             launch=partial(convolution, kind, tile, dtype, **options),
             units={},
             demand="" if tile.kernel == "pointer" else "UTMASTG",
             architectures=architectures,
+            asynchronous=dtype.itemsize == 4 or "pitch" not in options,
         )
 
     floats = (torch.bfloat16, torch.float16, torch.float32)
@@ -204,11 +219,21 @@ def conv_cases() -> Iterator[Case]:
             for dtype in dtypes:
                 architectures = tuple(architecture for architecture in SHARED_LIMITS if ships(row, architecture, dtype))
                 tile = row[1]._replace(block_k=2 * row[1].block_k // dtype.itemsize)
-                yield case(kind, architectures, tile._replace(skip="dilated" in kind or "branches" in kind), dtype)
+                tile = tile._replace(skip="dilated" in kind or "branches" in kind)
+                yield case(kind, architectures, tile, dtype)
+                if torch.float16 not in dtypes and dtype == torch.bfloat16:  # differs by the type of the product alone
+                    yield case(kind, tuple({90} & {*architectures}), tile, torch.float16)
     for (architectures, tile), kind in product(IEEE_TILES, kinds["pointer"]):
         yield case(kind, architectures, tile._replace(skip="dilated" in kind), torch.float32, precision="ieee")
     for (architectures, tile), dtype, classes in product(ODD_TILES, floats, (19, 150)):
         yield case("1x1 classifier", architectures, tile, dtype, C_out=classes)
+    odd = {"channels": 21, "pitch": 257}  # values are loaded one by one
+    two = (torch.bfloat16, torch.float32)
+    for (architectures, tile), kind, dtype in product(ODD_TILES, (*kinds["pointer"], "3x3 stride 2 residual"), two):
+        odd_tile = tile._replace(skip="dilated" in kind or "branches" in kind)
+        yield case(kind, architectures, odd_tile, dtype, **odd)
+        if dtype == torch.float32:
+            yield case(kind, architectures, odd_tile, dtype, precision="ieee", **odd)
     for kernel, kind in {"pointer": "3x3 dilated", "gemm_tma": "1x1 residual", "boxes_tma": "3x3 dilated"}.items():
         architectures, tile = min(row for row in TILES if row[1].kernel == kernel)
         yield case(kind, architectures, tile._replace(splits=4, skip=kernel != "gemm_tma"), torch.bfloat16)
@@ -219,6 +244,28 @@ def conv_cases() -> Iterator[Case]:
             yield case("1x1 and 3x3 branches, thin", architectures, tile._replace(skip=True), torch.bfloat16)
     yield case("3x3 dilated", *next(row for row in TILES if row[1].kernel == "boxes_tma"), torch.bfloat16)
     yield case("1x1 stride 2", tuple(SHARED_LIMITS), TILES[0][1], torch.bfloat16)
+
+    main = {"pointer": ("1x1 residual", "3x3 dilated"), "gemm_tma": ("1x1 residual",), "boxes_tma": ("3x3 dilated",)}
+    layer = Layer.of("conv_bn_relu", (2, 256, 33, 33), (256, 256, 1, 1), torch.bfloat16)
+    for (architectures, tile), dtype in product(TILES, (torch.bfloat16, torch.float32)):
+        tile = tile._replace(block_k=2 * tile.block_k // dtype.itemsize)
+        architectures = tuple(each for each in architectures if ships((architectures, tile), each, dtype))
+        for kind, splits in product(main[tile.kernel], SPLITS[1:]):
+            split = tuple(each for each in architectures if splits in splits_of(layer, tile, (each // 10, each % 10)))
+            yield case(kind, split, tile._replace(splits=splits, skip="3x3" in kind), dtype, thorough=True)
+        for kind in main[tile.kernel]:
+            yield case(kind, architectures, tile._replace(skip="3x3" in kind), dtype, channels=40, thorough=True)
+        if tile.kernel == "boxes_tma":
+            yield case("3x3 dilated", architectures, tile, dtype, thorough=True)
+            yield case("3x3 dilated residual", architectures, tile._replace(skip=True), dtype, thorough=True)
+    for (architectures, tile), kind in product(IEEE_TILES, main["pointer"]):
+        split = tile._replace(splits=4, skip="3x3" in kind)
+        yield case(kind, architectures, split, torch.float32, precision="ieee", thorough=True)
+    unaligned = replace(layer, aligned=False)
+    for (architectures, tile), kind, dtype in product(ODD_TILES, (*main["pointer"], "1x1 and 3x3 branches, thin"), two):
+        split = tile._replace(splits=4, skip="3x3" in kind)
+        some = tuple(each for each in architectures if 4 in splits_of(unaligned, tile, (each // 10, each % 10)))
+        yield case(kind, some, split, dtype, thorough=True, channels=22, pitch=258)
 
 
 CASES = (argmax_cases, cross_entropy_cases, conv_cases)
@@ -332,9 +379,11 @@ class Machine:
             return "-"
         return "registers" if any(re.match(r"HGMMA\S* R\d+, R\d+", text) for text in texts) else "shared"
 
-    def product_faults(self, architecture: int, ieee: bool) -> Iterator[str]:
-        if architecture == 90 and not ieee and self.operands() != "shared":
+    def product_faults(self, case: Case, architecture: int) -> Iterator[str]:
+        if architecture == 90 and "ieee" not in case.dtypes and self.operands() != "shared":
             yield "not both operands in shared memory"
+        if not case.asynchronous:
+            return
         opcode = next(opcode for opcode in MULTIPLY if self.count(opcode))
         # The smallest: code that is rarely needed stands at the end, and its way back looks like a larger loop.
         loops = [loop for loop in self.loops() if self.count(opcode, *loop)]
@@ -355,10 +404,10 @@ class Machine:
         if not any(re.match(demand, text) for _, text in self.instructions):
             yield f"no instruction matches {demand}"
         if self.product:
-            yield from self.product_faults(architecture, "ieee" in case.dtypes)
+            yield from self.product_faults(case, architecture)
 
 
-LAYOUT = "{:22} {:54} {:18} {:7} {:>9} {:>6} {:>7} {:>8} {:>9} {:>12} {:>19}  {}".format
+LAYOUT = "{:22} {:74} {:18} {:7} {:>9} {:>6} {:>7} {:>8} {:>9} {:>12} {:>19}  {}".format
 
 
 def compile_case(case: Case, architecture: int) -> list[tuple[str, bool]]:
@@ -389,18 +438,20 @@ def compile_case(case: Case, architecture: int) -> list[tuple[str, bool]]:
     return rows
 
 
-def compile_job(job: tuple[str, int, int]) -> list[tuple[str, bool]]:
-    name, number, architecture = job
-    return compile_case(cases(name)[number], architecture)
+def compile_job(job: tuple[str, bool, int, int]) -> list[tuple[str, bool]]:
+    name, thorough, number, architecture = job
+    return compile_case(cases(name, thorough)[number], architecture)
 
 
-def cases(name: str) -> list[Case]:
-    return [case for family in CASES for case in family() if re.search(name, case.kernel)]
+def cases(name: str, thorough: bool) -> list[Case]:
+    found = [case for family in CASES for case in family() if re.search(name, case.kernel)]
+    return [case for case in found if thorough or not case.thorough]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", default="", help="a regular expression: only kernels whose name it matches")
+    parser.add_argument("--thorough", action="store_true", help="more combinations, some 600 more compilations")
     parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED_LIMITS), choices=list(SHARED_LIMITS))
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
@@ -410,8 +461,8 @@ def main() -> int:
     columns = "kernel", "choice", "dtypes", "arch", "registers", "stack", "shared", "resident", "operands"
     print(LAYOUT(*columns, "instructions", "per pixel and class", "faults"), flush=True)
     jobs = [
-        (options.kernel, number, architecture)
-        for number, case in enumerate(cases(options.kernel))
+        (options.kernel, options.thorough, number, architecture)
+        for number, case in enumerate(cases(options.kernel, options.thorough))
         for architecture in options.arch
         if architecture in case.architectures
     ]

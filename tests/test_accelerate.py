@@ -237,6 +237,26 @@ def test_its_state_dict_is_for_its_like() -> None:
         fast.load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_padded_classes_are_nowhere_to_be_seen(assign: bool) -> None:
+    """21 and 24 classes are computed as 24, and fit only their like."""
+    fast, images = fdl.accelerate(trained()), torch.randn(1, 3, 33, 33)
+    state, seen = fast.state_dict(), []
+    assert state["classifier.4.weight"].shape[0] == state["classifier.4.bias"].shape[0] == 21
+    fast.classifier.register_forward_hook(lambda module, given, result: seen.append(result.shape[1]))
+    fast(images)
+    assert seen == [21]
+    others = {classes: fdl.accelerate(trained(num_classes=classes)) for classes in (20, 21, 24)}
+    for classes in (20, 24):
+        before = others[classes](images)["out"]
+        with pytest.raises(fdl.CheckpointError, match=f"the checkpoint has 21 classes and the model {classes}"):
+            others[classes].load_state_dict(state, assign=assign)
+        assert torch.equal(others[classes](images)["out"], before)
+    others[21].load_state_dict(state, assign=assign)
+    assert torch.equal(others[21](images)["out"], fast(images)["out"])
+    assert others[21].classifier[4].weight.shape[0] == 24
+
+
 def test_casting_rounds_once_more() -> None:
     model, images = trained(), torch.randn(1, 3, 33, 33)
     exact = exact_logits(model, images)
@@ -279,19 +299,26 @@ def test_its_parts_run_layer_by_layer_too() -> None:
         c4, c5 = fast.backbone(images)
         expected = model.backbone(images)
         assert relative_error((c4, c5), expected) < 1e-5
-        assert relative_error(fast.classifier(c5)[:, :21], model.classifier(c5)) < 1e-5
+        assert relative_error(fast.classifier(c5), model.classifier(c5)) < 1e-5
 
 
 def test_it_says_what_it_is() -> None:
     fast = fdl.accelerate(trained(), kernels=fdl.Kernels(aspp="torch"), dtype=torch.bfloat16)
     text = repr(fast)
     assert text.startswith("AcceleratedModel(")
-    assert "frozen, torch.bfloat16" in text
+    first = text.splitlines()[1].strip()
+    assert first == ("frozen, torch.bfloat16 weights, torch.float32 shifts, 21 classes, auxiliary head dropped")
     assert "aspp='torch'" in text
     assert "BatchNorm2d" not in text
     assert "FoldedBatchNorm(8)" in text
+    assert "24, kernel_size=(1, 1), stride=(1, 1), of which 21 are classes)" in text
     rows = [line.split()[:2] for line in fdl.explain(fast).splitlines()]
     assert ["classifier.0", "aspp_branches"] in rows
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert repr(copied) == text
+    assert "frozen, torch.float16 weights, torch.float32 shifts" in repr(fast.half())
+    without = repr(fdl.accelerate(trained(num_classes=16, aux_head=False)))
+    assert "shifts, 16 classes\n" in without
 
 
 def without_statistics(model: fdl.ResNetModel) -> None:
@@ -422,6 +449,38 @@ def test_inductor_on_a_gpu(dtype: torch.dtype, device: torch.device) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(fast, fullgraph=True)
     assert relative_error(compiled(images)["out"], fast(images)["out"]) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_it_exports_on_a_gpu(dtype: torch.dtype, device: torch.device, tmp_path: Path) -> None:
+    """The kernels run in the program that is loaded, whose tail is a call of them, too."""
+
+    class Masks(nn.Module):
+        def __init__(self, model: fdl.ResNetModel) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.model.predict(images)
+
+    model, images = trained().to(device), torch.randn(2, 3, 33, 40, device=device)
+    fast = fdl.accelerate(model, kernels="triton", dtype=dtype)
+    batch, height = torch.export.Dim("batch"), torch.export.Dim("height", min=9)
+    exported = torch.export.export(fast, (images,), dynamic_shapes=({0: batch, 2: height},))
+    torch.export.save(exported, tmp_path / "fast.pt2")
+    loaded = torch.export.load(tmp_path / "fast.pt2").module()
+    for shape in ((2, 3, 33, 40), (3, 3, 57, 40)):
+        images = torch.randn(shape, device=device)
+        with kernels.recording() as layers:
+            out = loaded(images)["out"]
+        assert {decision.impl for layer, decision in layers if layer.kernel in ((1, 1), (3, 3))} >= {"triton"}
+        assert relative_error(out, fast(images)["out"]) < 4 * torch.finfo(dtype).eps
+    masks = torch.export.export(Masks(fast), (images,)).module()(images)
+    assert torch.equal(masks, fast.predict(images))
+    with torch.no_grad():
+        live = torch.export.export(model, (images,)).module()
+        assert relative_error(live(images)["out"], model(images)["out"]) < 1e-3
 
 
 def test_it_exports_for_any_size(tmp_path: Path) -> None:

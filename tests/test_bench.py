@@ -1,16 +1,25 @@
 """Masks are compared before anything is timed, a failing rival leaves the rest alone, a stopped run keeps its rows."""
 
 import csv
+import gc
 import math
 import re
-from collections.abc import Callable
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import matplotlib
 import pytest
 import torch
+from fastdeeplab.kernels import library
 from fastdeeplab.kernels.measure import Measurement, WrongResultError
 from networks import small_model
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
@@ -175,6 +184,79 @@ def test_a_rival_that_fails_leaves_the_others_alone() -> None:
     assert found[0].images_per_second == 0
 
 
+def test_a_rival_that_fails_holds_no_memory() -> None:
+    """Its error's traceback would hold its weights while the next ones need the room."""
+    held: list[weakref.ref[Tensor]] = []
+
+    def build(model: fdl.ResNetModel, images: Tensor) -> Callable[[Tensor], Tensor]:
+        weights = torch.zeros(8)
+        held.append(weakref.ref(weights))
+        try:
+            raise torch.OutOfMemoryError("the first attempt")
+        except torch.OutOfMemoryError:
+            raise torch.OutOfMemoryError("the second one") from None
+
+    oracle = Oracle(NETWORK.build(CPU), NETWORK.images(CPU))
+    gc.disable()
+    try:
+        found = bench_module._measure_alone(Rival("one", torch.float32, build), oracle, 0.01)
+        assert found == "OutOfMemoryError: the second one"
+        assert held[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_rival_that_fails_while_it_is_timed_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def third_time_unlucky(mask: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return mask
+
+    found = list(bench(NETWORK, CPU, rivals=[changed("one", third_time_unlucky), live()], seconds=0.01))
+    assert [each.rival.name for each in found] == ["one", "live"]
+    assert found[0].reason == "RuntimeError: DefaultCPUAllocator: can't allocate memory"
+    assert found[1].measurement is not None
+    assert found[1].measurement.repeats >= 5
+
+
+def test_without_memory_for_tuning_the_rivals_are_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tune(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(fdl.AcceleratedModel, "tune", tune)
+    monkeypatch.setattr(bench_module, "_on", lambda _: nullcontext())
+    monkeypatch.setattr(bench_module, "_one_by_one", lambda rivals, *_: iter([(rivals[0], "no GPU here")]))
+    monkeypatch.setattr(Small, "build", lambda self, _: Network.build(self, CPU))
+    monkeypatch.setattr(Small, "images", lambda self, _: Network.images(self, CPU))
+    with pytest.warns(RuntimeWarning, match=r"is not tuned: OutOfMemoryError: CUDA out of memory\."):
+        found = list(bench(NETWORK, GPU, rivals=[live()], tune=True))
+    assert [each.reason for each in found] == ["no GPU here"]
+
+
+def test_the_network_of_cudnns_fused_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every convolution but the classifier through cuDNN's call, for which PyTorch's on a CPU stands here."""
+    asked: list[tuple[bool, bool]] = []
+
+    def cudnn_relu(
+        x: Tensor, weight: Tensor, scale: None, shift: Tensor, residual: Tensor | None, *rest: Any
+    ) -> Tensor:
+        asked.append((residual is not None, rest[-1]))
+        return library.conv_pointwise(x, weight, scale, shift, residual, *rest)
+
+    monkeypatch.setattr(library, "cudnn_relu", cudnn_relu)
+    model, images = NETWORK.build(CPU), NETWORK.images(CPU)
+    mask = rivals_module._cudnn_fused(model, images)(images)
+    assert Oracle(model, images).check(mask, torch.float32) < 1e-4
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    assert len(asked) == convolutions - 1
+    assert asked.count((True, True)) == 4  # residuals
+    assert asked.count((False, False)) == 4  # their projections
+
+
 def test_rivals_of_a_cpu_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
@@ -185,6 +267,29 @@ def test_rivals_of_a_cpu_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     list(bench(NETWORK, CPU, rivals=[noting(name) for name in "abc"]))
     rounds = ["".join(order[-15:][i : i + 3]) for i in range(0, 15, 3)]
     assert rounds == ["abc", "bca", "cab", "abc", "bca"]
+
+
+@pytest.mark.parametrize("limit", [0.0, 2.5, math.inf])
+def test_on_a_busy_machine_quick_stops_early(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that moves a second whenever it is looked at: before each round from the third on."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(bench_module.time, "monotonic", lambda: float(next(ticks)))
+    (found,) = bench(NETWORK, CPU, rivals=[live()], seconds=1e-6, limit=limit)
+    assert found.measurement is not None
+    assert found.measurement.repeats == {0.0: 2, 2.5: 4}.get(limit, 5)
+
+
+def test_only_quick_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+
+    def no_results(*_: object, limit: float, **__: object) -> Iterator[Result]:
+        limits.append(limit)
+        return iter(())
+
+    monkeypatch.setattr(bench_module, "bench", no_results)
+    for quick in (True, False):
+        run_bench(Console(quiet=True), NETWORK, CPU, quick=quick, rivals=[live()])
+    assert limits == [bench_module.QUICK_LIMIT, math.inf]
 
 
 def test_as_many_rounds_as_fit() -> None:
@@ -256,6 +361,69 @@ def test_the_command_prints_a_table_and_a_breakdown(tmp_path: Path) -> None:
     assert re.search(r"the speed of ours is [\d.]+ times other", text)
     assert re.search(r"classifier.0 +│ aspp_branches +│ 2x256x5x5->32 rates \(12, 24, 36\) │ torch", text)
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 3
+    assert re.search(r"upsample_argmax +│ upsample_argmax +│ 2x5x5x5->33x33 +│ torch", text)
+    assert re.search(r"^done in \d+ s$", text, re.MULTILINE)
+    assert "share of floor" not in text
+
+
+def test_the_share_of_the_floor_where_the_gpu_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_module, "_device_name", lambda _: "NVIDIA H200")
+    network = Network(dtype=torch.bfloat16)
+    floor = bench_module.floor_milliseconds(network, GPU)
+    found = Measurement(3 * floor, 4 * floor, 5 * floor, 10, 0, 0.0)
+    results = [Result(network, live("one"), found), Result(network, live("other"), None, "no")]
+    console = Console(record=True, width=160, file=(tmp_path / "out").open("w"))
+    console.print(bench_module.results_table(results, GPU))
+    text = console.export_text()
+    assert "share of floor" in text
+    assert re.search(r"one +│ .* │ +0\.25 │", text)
+    for each in results:
+        bench_module._Rows(tmp_path / "rows.csv").append(each, GPU)
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["share_of_floor"] for row in rows] == ["0.25", ""]
+    assert rows[1]["reason"] == "no"
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_chart(device: torch.device, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_module, "_device_name", lambda place: "NVIDIA H200" if place == GPU else "a CPU")
+    network = Network(dtype=torch.bfloat16 if device == GPU else torch.float32)
+    times = {"slow": 40.0, "quick": 20.0, "ours": 8.0}
+    results = [
+        Result(network, live(name, ours=name == "ours"), Measurement(0.9 * ms, ms, 1.2 * ms, 10, 0, 0.0))
+        for name, ms in times.items()
+    ]
+    path = tmp_path / f"bench.{suffix}"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        bench_module.draw_chart([*results, Result(network, live("failed"), None, "no")], device, path)
+    if suffix == "png":
+        with Image.open(path) as picture:
+            assert min(picture.size) > 200
+        return
+    text = path.read_text()
+    for name in (*times, str(network)):
+        assert name in text
+    assert "failed" not in text
+    for speed in ("25", "50", "125") if device == GPU else ("0.5", "1", "2.5"):
+        assert f">{speed}</text>" in text
+    assert ("images per second" in text) == ("floor" in text) == (device == GPU)
+    assert ("speed / quick" in text) == (device == CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("bench.xyz", r"ends in one of .*\.png"), ("bench", r"ends in"), ("no/a.png", "no folder")]
+)
+def test_a_chart_that_can_not_be_drawn_is_refused_before_anything_runs(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_module, "bench", lambda *_, **__: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match=message):
+        run_bench(Console(quiet=True), NETWORK, CPU, chart=tmp_path / name)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastdeeplab\[plots\]'"):
+        run_bench(Console(quiet=True), NETWORK, CPU, chart=tmp_path / "bench.png")
 
 
 def test_quick_is_small_and_leaves_out_what_compiles_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,9 +440,13 @@ def test_quick_is_small_and_leaves_out_what_compiles_for_long(monkeypatch: pytes
 
     assert names(CPU, True) == ["fp32", "channels_last", "ResNetModel", "fastdeeplab"]
     assert names(CPU, False) == ["fp32", "channels_last", "compile", "ResNetModel", "fastdeeplab"]
-    on_gpu = ["fp32", "channels_last", "compile", "max-autotune", "ResNetModel", "torch", "fastdeeplab", "graphs"]
+    slow = ["max-autotune", "reduce-overhead"]
+    ours = ["ResNetModel", "torch", "fastdeeplab", "graphs"]
+    on_gpu = ["fp32", "channels_last", "compile", *slow, "fused", *ours]
     assert names(GPU, False) == on_gpu
-    assert names(GPU, True) == [name for name in on_gpu if name != "max-autotune"]
+    assert names(GPU, True) == [name for name in on_gpu if name not in slow]
+    small = replace(small, batch=8)
+    assert names(GPU, False) == [name for name in on_gpu if name not in ("reduce-overhead", "graphs")]
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])

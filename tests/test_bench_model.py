@@ -11,11 +11,12 @@ import pytest
 import roofline
 import torch
 from cases import ConvCase
-from fastdeeplab.kernels.candidates import Layer
+from fastdeeplab.kernels.candidates import Layer, Tail
 from fastdeeplab.kernels.measure import Measurement
 from harness import Results
 from test_bench import CPU, GPU, NETWORK, live, result
 
+from fastdeeplab import bench as bench_module
 from fastdeeplab.bench import Part, Result
 from fastdeeplab.rivals import Network
 
@@ -24,8 +25,8 @@ R50 = Network(50, 8, 21, (520, 520), 8, torch.bfloat16)
 
 @pytest.fixture
 def h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (harness, bench_model):
-        monkeypatch.setattr(module, "device_name", lambda _: "NVIDIA H200")
+    for module, name in ((harness, "device_name"), (bench_model, "device_name"), (bench_module, "_device_name")):
+        monkeypatch.setattr(module, name, lambda _: "NVIDIA H200")
     monkeypatch.setattr(harness, "driver", lambda _: "1.2")
 
 
@@ -82,7 +83,7 @@ def test_the_floor_is_that_of_the_roofline(h200: None) -> None:
     floor = bench_model.floor_milliseconds(R50, GPU)
     assert 8000 / floor == pytest.approx(
         roofline.images_per_second(
-            bench_model.PLAN, roofline.network_layers(50, 8, "520x520", 21), roofline.GPUS["H200"]
+            bench_module.PLAN, roofline.network_layers(50, 8, "520x520", 21), roofline.GPUS["H200"]
         )
     )
     row = bench_model.row_of(timed(R50, {"fastdeeplab": 2 * floor})[0], GPU)
@@ -93,7 +94,7 @@ def test_the_floor_is_that_of_the_roofline(h200: None) -> None:
 
 
 def test_an_unknown_gpu_has_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_model, "device_name", lambda _: "NVIDIA GeForce GT 710")
+    monkeypatch.setattr(bench_module, "_device_name", lambda _: "NVIDIA GeForce GT 710")
     assert bench_model.floor_milliseconds(R50, GPU) is None
 
 
@@ -133,12 +134,61 @@ def test_the_networks_of_the_aims() -> None:
 def test_the_breakdown_has_floors(h200: None, capsys: pytest.CaptureFixture[str]) -> None:
     layer = Layer.of("conv_bn_relu", (8, 256, 65, 65), (1024, 256, 1, 1), torch.bfloat16, residual=True)
     floor = ConvCase("", layer).work.floor(roofline.GPUS["H200"])
-    parts = [Part("layer3.1", "conv_bn_relu", layer, "triton", 2 * floor), Part("", "add", None, "torch", 1.0)]
+    tail = Tail(8, 21, 65, 65, 520, 520, torch.bfloat16, channels_last=True)
+    parts = [
+        Part("layer3.1", "conv_bn_relu", layer, "triton", 2 * floor),
+        Part("upsample_argmax", "upsample_argmax", tail, "triton", 0.5),
+        Part("", "add", None, "torch", 1.0),
+    ]
     bench_model.print_profile(parts, GPU)
     text = capsys.readouterr().out
     assert f"| layer3.1 | conv_bn_relu | {layer} | triton | {2000 * floor:.1f} |" in text
     assert f"| {1000 * floor:.1f} | 0.50 |" in text
+    assert "| upsample_argmax | upsample_argmax | 8x21x65x65->520x520 | triton | 500.0 |" in text
     assert re.search(r"\|  \| add \|  \| torch \| 1000.0 \| \d+.\d% \|  \|  \|", text)
+
+
+@pytest.mark.parametrize("profile", [False, True])
+def test_a_network_without_memory_leaves_the_others_alone(
+    profile: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before its masks, or for its profile alone; a rival's own is a row of its."""
+    found: list[str] = []
+
+    def bench(network: Network, *_: object, **__: object) -> Iterator[Result]:
+        found.append(str(network))
+        if not profile and len(found) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to")
+        yield Result(network, live("torchvision-fp32"), None, "OutOfMemoryError: CUDA out of memory.")
+        yield from timed(network, {"fastdeeplab": 4.0})
+
+    def time_operations(*_: object) -> list[Part]:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to")
+
+    networks = [Network(size=size, dtype=torch.float32) for size in ((33, 33), (41, 41))]
+    monkeypatch.setattr(bench_model, "networks_of_the_aims", lambda _: iter(networks))
+    monkeypatch.setattr(bench_model, "bench", bench)
+    monkeypatch.setattr(bench_model, "chosen_rivals", lambda *_: [])
+    monkeypatch.setattr(bench_model, "time_operations", time_operations)
+    monkeypatch.setattr(bench_model.fdl, "accelerate", lambda *_, **__: None)
+    monkeypatch.setattr(Network, "build", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module, name in ((harness, "device_name"), (bench_model, "device_name"), (bench_module, "_device_name")):
+        monkeypatch.setattr(module, name, lambda _: "a GPU")
+    monkeypatch.setattr(harness, "driver", lambda _: "1.2")
+    monkeypatch.setattr(Network, "images", lambda *_: torch.zeros(1))
+    bench_model.main(["--all", "--dtype", "float32", "--csv", str(tmp_path / "rows.csv"), *["--profile"] * profile])
+    text = capsys.readouterr().out
+    assert found == [str(network) for network in networks]
+    rows = read(tmp_path / "rows.csv")
+    if profile:
+        for network in networks:
+            assert f"{network} has no profile: OutOfMemoryError: CUDA out of memory.\n" in text
+        assert len(rows) == 4
+    else:
+        assert f"{networks[0]} is left out: OutOfMemoryError: CUDA out of memory.\n" in text
+        assert [row["reason"] for row in rows] == ["OutOfMemoryError: CUDA out of memory.", ""]
+    assert "| torchvision-fp32 | not measured: OutOfMemoryError: CUDA out of memory. |" in text
 
 
 @pytest.mark.parametrize(

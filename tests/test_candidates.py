@@ -2,13 +2,14 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fastdeeplab.kernels import candidates
-from fastdeeplab.kernels.candidates import Gpu, Layer, Tile, tiles_for
+from fastdeeplab.kernels.candidates import Gpu, Layer, Tile, choose_box, forms_for, predict_tile, taps_along, tiles_for
 from layers import DENSE, EXPAND, H200, aspp, conv
 
 GPUS = [
@@ -181,6 +182,116 @@ def test_aspp_executes_no_more_than_masked_rectangles(size: tuple[int, int], rat
     assert layer.executed(tile) <= tile.block_m * runs * (1 + 9 * len(rates))
 
 
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_taps_along_an_axis_are_those_that_reach_the_map(kernel: int) -> None:
+    for size, tile, dilation in product([1, 5, 12], [1, 4, 16], [1, 2, 5, 30]):
+        reaching = sum(
+            any(0 <= p + (tap - kernel // 2) * dilation < size for p in range(start, min(start + tile, size)))
+            for start in range(0, size, tile)
+            for tap in range(kernel)
+        )
+        assert sum(taps_along(size, tile, kernel, dilation, True)) == reaching
+        assert sum(taps_along(size, tile, kernel, dilation, False)) == -(-size // tile) * kernel
+
+
+def test_choose_box() -> None:
+    assert choose_box(128, 1, 1, 1000, ((1, 1),), True) == (1, 1, 128)
+    assert choose_box(128, 1, 64, 64, ((3, 1),), False) == (1, 8, 16)
+    assert choose_box(64, 1, 5, 5, ((3, 1),), False) == (1, 8, 8)
+    assert choose_box(1024, 1000, 1, 1, ((3, 1),), True) == (256, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("N", "H", "W", "rates", "excess"),
+    [
+        pytest.param(8, 64, 64, (12, 24, 36), 0.001, id="512 at stride 8"),
+        pytest.param(8, 65, 65, (12, 24, 36), 0.075, id="520 at stride 8"),
+        pytest.param(1, 65, 65, (12, 24, 36), 0.29, id="520 at stride 8, one image"),
+        pytest.param(8, 33, 33, (6, 12, 18), 0.15, id="520 at stride 16"),
+        pytest.param(1, 128, 256, (12, 24, 36), 0.031, id="1024x2048 at stride 8"),
+    ],
+)
+def test_work_of_the_chosen_boxes(N: int, H: int, W: int, rates: tuple[int, ...], excess: float) -> None:
+    """Of the work of all branches, as a share of what the padded convolutions do."""
+    layer, tile = aspp(N, (H, W), rates), Tile("boxes_tma", 128, 128, 64, 8, 3, skip=True)
+    convolutions = ((1, 1), *((3, rate) for rate in rates))
+    box = choose_box(tile.block_m, N, H, W, convolutions, True)
+    taps = sum(sum(taps_along(H, box[1], *one, True)) * sum(taps_along(W, box[2], *one, True)) for one in convolutions)
+    assert layer.executed(tile) == math.ceil(N / box[0]) * tile.block_m * taps
+    share = layer.executed(tile) / (N * H * W * (1 + 9 * len(rates)))
+    print(f"{N}x{H}x{W}: {share:.3f} with boxes {box}, exactly {layer.live_share:.3f}")
+    assert layer.live_share <= share <= layer.live_share + excess
+
+
+def test_boxes_of_one_convolution() -> None:
+    """40 x 40 pixels are 5 x 3 boxes of 8 x 16; at a dilation of 36 most of them have taps beside the centre's."""
+    tile = Tile("boxes_tma", 128, 128, 64, 8, 3)
+    layer = conv(3, 64, (40, 40), 64, 3, padding=36, dilations=(36,))
+    assert layer.runs(tile) == [(3 * 15, 9)]
+    assert layer.executed(tile._replace(skip=True)) < layer.executed(tile)
+    assert layer.executed(tile._replace(skip=True)) >= layer.live_share * 9 * layer.pixels
+
+
 def test_full_fp32_has_tiles_of_its_own() -> None:
     layer = Layer.of("aspp_projection", (8, 1024, 65, 65), (256, 1024, 1, 1), torch.float32, precision="ieee")
     assert tiles_for(layer, (9, 0)) == (candidates.IEEE_TILES[0][1],)
+
+
+@pytest.mark.parametrize("size", MAPS)
+@pytest.mark.parametrize("N", [1, 8])
+def test_wasteful_tiles_are_not_even_measured(N: int, size: tuple[int, int]) -> None:
+    """Whichever of the choices a measurement takes, the executed share is close to the exact one."""
+    for capability, dtype in product(((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)), (torch.bfloat16, torch.float32)):
+        layer = replace(aspp(N, size, MAPS[size]), dtype=dtype)
+        tiles = tiles_for(layer, capability)
+        found = candidates.sparing(layer, tiles)
+        assert found
+        for tile in tiles:
+            share = layer.executed(tile) / (28 * layer.pixels)
+            assert tile not in found or share < layer.live_share + (0.05 if N == 8 else 0.15)
+            assert (tile in found) == (16 * layer.executed(tile) <= 17 * min(map(layer.executed, tiles)))
+
+
+def test_boxes_may_be_chosen_where_they_fit_the_map() -> None:
+    fitting = {
+        (N, *size)
+        for N, size in product((1, 8), MAPS)
+        for layer in [aspp(N, size, MAPS[size])]
+        if any(tile.kernel == "boxes_tma" for tile in candidates.sparing(layer, tiles_for(layer, (9, 0))))
+    }
+    assert (8, 64, 64) in fitting
+    assert (1, 128, 256) in fitting
+    assert not fitting & {(1, 65, 65), (8, 65, 65), (1, 33, 33), (8, 33, 33)}
+
+
+def test_splits_that_spill_are_no_choice() -> None:
+    even, odd = conv(1, 2048, (9, 9), 256, 1), conv(1, 2046, (9, 9), 256, 1)
+    narrow, square = (Tile("pointer", *size, 64, 4, 3) for size in ((64, 128), (64, 64)))
+    for capability in ((8, 6), (9, 0), (10, 0)):
+        assert candidates.splits_of(even, narrow, capability) == (1, 2, 4, 8)
+        assert candidates.splits_of(odd, square, capability) == (1, 2, 4, 8)
+    assert candidates.splits_of(even, narrow, (12, 0)) == (1,)
+    assert candidates.splits_of(even, square, (12, 1)) == (1, 2, 4, 8)
+    assert candidates.splits_of(odd, square, (12, 0)) == (1,)
+    blackwell = Gpu("an RTX 5090", (12, 0), 170)
+    assert predict_tile(even, blackwell, (narrow,)).splits == 1
+    assert predict_tile(even, blackwell, (square,)).splits > 1
+
+
+PROJECTION = Layer.of("aspp_projection", (1, 64, 9, 9), (8, 64, 1, 1), torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("layer", "forms"),
+    [
+        (conv(1, 64, (9, 9), 64, 1), ["conv_pointwise", "conv_fused_pointwise", "cudnn_relu", "addmm_relu"]),
+        (conv(1, 64, (9, 9), 64, 1, dtype=torch.float32), ["conv_pointwise", "conv_fused_pointwise", "cudnn_relu"]),
+        (EXPAND, ["conv_pointwise", "conv_fused_pointwise", "cudnn_relu"]),
+        (conv(1, 64, (9, 9), 64, 1, relu=False), ["conv_pointwise", "conv_fused_pointwise"]),
+        (conv(1, 3, (9, 9), 64, 7, stride=2, padding=3), ["conv_pointwise", "conv_fused_pointwise", "cudnn_relu"]),
+        (PROJECTION, ["conv_pointwise", "conv_fused_pointwise"]),
+    ],
+)  # fmt: skip
+def test_forms_of_the_library(layer: Layer, forms: list[str]) -> None:
+    """cuDNN knows no epilogue without ReLU; a matrix product in fp32 would follow another setting for TF32."""
+    assert list(forms_for(layer)) == forms

@@ -1,5 +1,7 @@
 """The machine code of every tile choice for every architecture: no spills, shared memory within limits, wide stores.
 
+``make codegen`` compiles more combinations, with each supported triton.
+
 In a process of its own: a kernel that was defined under Triton's interpreter can't be compiled.
 """
 

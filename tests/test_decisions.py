@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -114,9 +115,64 @@ def test_splits_are_those_of_the_size_at_hand(table: list[Measurement]) -> None:
     small = conv(1, 2048, (33, 33), 256, 1)
     row = measured(small)
     table.append(row._replace(tile=row.tile._replace(splits=8)))
-    decision = decide(conv(16, 2048, (65, 65), 256, 1), "auto", DEVICE)
+    decision = decide(conv(4, 2048, (33, 33), 256, 1), "auto", DEVICE)
     assert decision.tile == row.tile
     assert decide(small, "auto", DEVICE).tile == table[0].tile
+
+
+@pytest.mark.parametrize(("N", "measured_at_all"), [(8, True), (32, True), (64, False), (1, False)])
+def test_a_measurement_holds_for_similar_sizes_only(N: int, measured_at_all: bool, table: list[Measurement]) -> None:
+    """Up to two powers of two of pixels apart."""
+    table.append(measured(DENSE))
+    decision = decide(replace(DENSE, N=N), "auto", DEVICE)
+    assert decision.why.startswith("measured" if measured_at_all else "predicted")
+
+
+def test_a_measured_tile_that_wastes_work_at_another_size_is_no_choice_there(table: list[Measurement]) -> None:
+    """Boxes fit 64x64 exactly, and a map of one row and column more badly."""
+    rates, boxes = (12, 24, 36), Tile("boxes_tma", 256, 128, 64, 8, 3, skip=True)
+    table.append(measured(aspp(8, (64, 64), rates))._replace(tile=boxes))
+    assert decide(aspp(8, (64, 64), rates), "auto", DEVICE).tile == boxes
+    assert decide(aspp(16, (64, 64), rates), "auto", DEVICE).tile == boxes
+    decision = decide(aspp(8, (65, 65), rates), "auto", DEVICE)
+    assert decision.tile is not None
+    assert decision.tile.kernel == "pointer"
+    assert decision.why.startswith("predicted")
+
+
+def test_a_measurement_holds_for_its_architecture(table: list[Measurement], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An RTX A6000's (8.6) for an Orin (8.7); not an A100's (8.0)."""
+    orin = Gpu("Orin", (8, 7), 16)
+    monkeypatch.setattr(Gpu, "of", lambda device: orin)
+    table.append(measured(DENSE)._replace(gpu="NVIDIA A100", capability=(8, 0)))
+    assert decide(DENSE, "auto", DEVICE).why.startswith("predicted")
+    decisions._decide.cache_clear()
+    table.append(measured(DENSE)._replace(gpu="NVIDIA RTX A6000", capability=(8, 6)))
+    assert decide(DENSE, "auto", DEVICE).why == "measured on NVIDIA RTX A6000"
+
+
+def test_a_layer_without_a_kernel_has_a_measured_form(table: list[Measurement]) -> None:
+    """The 7x7 convolution of the stem; at sizes that a kernel can't index, a row of a smaller one names the form."""
+    stem = conv(8, 3, (512, 512), 64, 7, stride=2, padding=3)
+    assert decide(stem, "auto", DEVICE) == Decision("torch", None, "conv_pointwise", "no tile choice serves the layer")
+    decisions._decide.cache_clear()
+    row = measured(stem)._replace(tile=None, tile_us=math.inf)
+    assert Measurement.from_json(json.loads(json.dumps(row.to_json()))) == row
+    table.append(row)
+    for impl in ("auto", "torch"):
+        assert decide(stem, impl, DEVICE)[:3] == ("torch", None, "cudnn_relu")
+    assert decide(stem, "auto", DEVICE).why.endswith("; the library's call is measured on NVIDIA H200")
+    assert decide(stem, "triton", DEVICE) == Decision("nothing", None, "cudnn_relu", "no tile choice serves the layer")
+    decisions.store(here(stem)._replace(tile=None, tile_us=math.inf))
+    forget()
+    table.clear()
+    assert decide(stem, "auto", DEVICE).form == "cudnn_relu"
+
+
+@pytest.mark.parametrize("form", ["addmm_relu", "nonsense"])
+def test_a_form_that_the_layer_does_not_have_is_passed_over(form: str, table: list[Measurement]) -> None:
+    table.append(measured(DENSE)._replace(form=form))
+    assert decide(DENSE, "auto", DEVICE).why.startswith("predicted: ")
 
 
 def test_a_measured_tile_that_is_not_listed_any_more_is_passed_over(table: list[Measurement]) -> None:

@@ -53,7 +53,7 @@ def test_what_auto_leaves_to_pytorch(kernel: str, device: torch.device, monkeypa
     assert [call.args[0] is full for call in pytorch.call_args_list] == ([True] if kernel == "auto" else [])
     limit = f"; {fdl.SegmentationLoss.auto_limit}" if kernel == "auto" else ""
     assert fdl.explain(loss).endswith(f"here{limit}")
-    assert fdl.explain(small_model()).endswith("here")
+    assert fdl.explain(small_model()).endswith("here; PyTorch where tuning has measured it to be faster")
 
 
 def test_every_flag_reaches_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,13 +80,15 @@ def test_each_layer_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [re.split("  +", line) for line in lines[1:]]
     assert found[0][:4] == ["backbone", "conv_bn_relu", "1x3x64x64->8 7x7 stride 2", "torch"]
     assert found[4][:3] == ["backbone.layer1.0", "conv_bn_relu", "1x8x16x16->32 1x1 residual"]
-    assert [row[:2] for row in found[-5:]] == [
+    assert [row[:2] for row in found[-6:]] == [
         ["classifier.0", "aspp_branches"],
         ["classifier.0", "conv_bn_relu"],
         ["classifier.0", "aspp_projection"],
         ["classifier", "conv_bn_relu"],
         ["classifier", "conv_bn_relu"],
+        ["upsample_argmax", "upsample_argmax"],
     ]
+    assert found[-1][2] == "1x21x8x8->64x64"
     assert {row[4] for row in found} == {"the interpreter is for tests"}
 
 
@@ -96,15 +98,52 @@ def test_a_run_says_what_was_measured_and_what_is_predicted(monkeypatch: pytest.
         return decisions.Decision("torch", None, candidates.DEFAULT_FORM, why)
 
     monkeypatch.setattr(ops, "decide", decide)
+    measured = decisions.TailDecision("torch", None, "measured on NVIDIA H200")
+    monkeypatch.setattr(ops, "decide_tail", lambda *_: measured)
     monkeypatch.setattr(ops, "_runs_triton", lambda *_: True)  # as on a GPU
     lines = fdl.explain(small_model(), torch.randn(1, 3, 64, 64)).splitlines()
-    assert sum(line.endswith("measured on NVIDIA H200") for line in lines) == 4
-    assert sum(line.endswith("predicted: for this test") for line in lines) == len(lines) - 5
+    assert sum(line.endswith("measured on NVIDIA H200") for line in lines) == 5
+    assert sum(line.endswith("predicted: for this test") for line in lines) == len(lines) - 6
 
 
-def test_one_value_for_all() -> None:
-    assert small_model(kernels="torch").upsample_argmax.kernel == "torch"
-    assert small_model().upsample_argmax.kernel == "auto"
+def flags(model: torch.nn.Module) -> dict[str, str]:
+    return {name: part.kernel for name, part in model.named_modules() if hasattr(part, "kernel")}
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch", "triton"])
+def test_one_value_for_all(kernel: str) -> None:
+    """Each module that calls a kernel bears the flag, and shows it; the stem, which has no kernel, never "triton"."""
+    model = small_model(kernels=kernel)
+    found = flags(model)
+    assert list(found) == [
+        "backbone", *(f"backbone.layer{i}.0" for i in range(1, 5)), "classifier", "classifier.0", "upsample_argmax",
+    ]  # fmt: skip
+    assert found.pop("backbone") == ("auto" if kernel == "triton" else kernel)
+    assert set(found.values()) == {kernel}
+    for name in found:
+        assert f"kernel={kernel!r}" in "".join(repr(model.get_submodule(name)).splitlines()[:2])
+
+
+@pytest.mark.parametrize("kernel", ["auto", "triton"])
+def test_the_stem_says_why_it_has_no_kernel(kernel: str, device: torch.device) -> None:
+    """And runs all the same, with the rest through the kernels."""
+    model = small_model(kernels=kernel).eval().to(device)
+    stem = next(line for line in fdl.explain(model).splitlines() if line.startswith("backbone "))
+    assert stem.split()[1:3] == ["conv_bn_relu", "torch"]
+    assert stem.count("the stem's 7x7 convolution is PyTorch's") == 1
+    with torch.no_grad():
+        model(torch.randn(1, 3, 17, 17, device=device))
+
+
+def test_a_stem_that_is_asked_for_by_its_own_flag(device: torch.device) -> None:
+    model = small_model(kernels="torch").eval().to(device)
+    assert "as asked for; the stem's 7x7" in fdl.explain(model)
+    model.backbone.kernel = "triton"
+    assert re.search(r"backbone +conv_bn_relu +nothing .*: the stem's 7x7 convolution is PyTorch's", fdl.explain(model))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="can't run as a Triton kernel here"):
+        model(torch.randn(1, 3, 17, 17, device=device))
+    model.backbone.conv1 = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False).to(device)
+    assert model.backbone.kernel_obstacle is None
 
 
 @pytest.mark.parametrize(

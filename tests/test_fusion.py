@@ -65,7 +65,8 @@ def test_every_layer_asks_for_what_its_flag_says(monkeypatch: pytest.MonkeyPatch
     fused(model, torch.randn(1, 3, 17, 17))
     assert asked == {
         ("conv_bn_relu", "triton"),
-        ("conv_bn_relu", "torch"),  # the stem and the pooled branch
+        ("conv_bn_relu", "auto"),  # the stem, which has no kernel
+        ("conv_bn_relu", "torch"),  # the pooled branch
         ("aspp_branches", "auto"),
         ("aspp_projection", "auto"),
     }
@@ -80,6 +81,13 @@ def load_others(model: fdl.ResNetModel) -> None:
     model.load_state_dict(trained().state_dict())
 
 
+def assign_others(model: fdl.ResNetModel) -> None:
+    """In another memory format than the model's own weights."""
+    others = {name: value.contiguous() for name, value in trained().state_dict().items()}
+    model.load_state_dict(others, assign=True)
+    assert model.backbone.layer1[0].conv2.weight.data_ptr() == others["backbone.layer1.0.conv2.weight"].data_ptr()
+
+
 def step(model: fdl.ResNetModel) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.train()(torch.randn(2, 3, 17, 17))["out"].square().mean().backward()
@@ -92,7 +100,7 @@ def inference_tensors(model: fdl.ResNetModel) -> None:
         model.backbone.bn1.running_mean = torch.ones_like(model.backbone.bn1.running_mean)
 
 
-@pytest.mark.parametrize("change", [change_data, load_others, step, inference_tensors])
+@pytest.mark.parametrize("change", [change_data, load_others, assign_others, step, inference_tensors])
 def test_no_weight_is_ever_stale(change: Callable[[fdl.ResNetModel], None]) -> None:
     model, images = trained(), torch.randn(1, 3, 33, 33)
     before = fused(model, images)
@@ -107,6 +115,22 @@ def test_other_dtypes_follow() -> None:
     exact = fused(model, images)
     assert relative_error(fused(model.bfloat16(), images.bfloat16()), exact) < 0.05
     assert fused(model, images.bfloat16()).dtype == torch.bfloat16
+
+
+def test_no_weight_is_stale_after_half() -> None:
+    """The logits are those of the rounded weights, of others written into them, and of fp32 again."""
+    model, images = trained(), torch.randn(1, 3, 33, 33)
+    fused(model, images)
+    found = []
+    for change in (model.half, lambda: change_data(model)):
+        change()
+        actual = fused(model, images.half())
+        assert actual.dtype == torch.float16
+        found.append(layer_by_layer(copy.deepcopy(model).double(), images.half().double()))
+        assert relative_error(actual, found[-1]) < 0.01
+    assert relative_error(found[0], found[1]) > 0.1
+    model.float()
+    assert relative_error(fused(model, images.half().float()), found[-1]) < 1e-5
 
 
 def test_where_pytorchs_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
             return getattr(torch, name)
 
     monkeypatch.setattr(graphs, "torch", Torch())
+    monkeypatch.setattr("fastdeeplab.packed.can_run", lambda _: False)  # no GPU has a CPU's packed weights
     check = graphs.check_device
     monkeypatch.setattr(importlib.import_module("fastdeeplab.accelerate"), "check_device", lambda _: check(CUDA))
     return fake
@@ -313,6 +314,7 @@ def test_threads_take_turns_across_models() -> None:
 
 
 def run_in_threads(work: Callable[[int], None], count: int) -> None:
+    """Fails where one is not done after a minute."""
     errors: list[BaseException] = []
 
     def guarded(index: int) -> None:
@@ -321,13 +323,14 @@ def run_in_threads(work: Callable[[int], None], count: int) -> None:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
+    threads = [threading.Thread(target=guarded, args=(index,), daemon=True) for index in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(timeout=60)
     if errors:
         raise errors[0]
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
 
 
 # A model with simulated graphs.
@@ -461,6 +464,57 @@ def test_a_capture_that_fails_leaves_the_callers_stream_and_earlier_captures(cud
     fast.capture(SHAPES)
     assert torch.equal(fast(images)["out"], expected)
     assert sorted(captured(fast)) == sorted(SHAPES)
+
+
+# Hooks that run a captured model while another one, or the same, is captured.
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["another model", "the same model"])
+@pytest.mark.parametrize("lazy", [False, True], ids=["asked for", "lazy"])
+def test_a_hook_runs_a_captured_model_during_a_capture(same: bool, lazy: bool, cuda: FakeCuda) -> None:
+    """No deadlock: what the hook runs is part of the capture, and nothing of it is replayed or captured by itself."""
+    fast, images, inner = make_fast(), torch.randn(SHAPES[1]), torch.randn(SHAPES[0])
+    expected = fast(images)["out"]
+    called = fast if same else make_fast()
+    wanted = called(inner)["out"]
+    called.capture(SHAPES[:1], lazy=1)
+    found: list[Tensor] = []
+    hooked = SimpleNamespace(running=False)
+
+    def run(*_: object) -> None:
+        if not hooked.running:
+            hooked.running = True
+            found.append(called(inner)["out"])
+            called(torch.randn(SHAPES[2]))  # which may be captured lazily, but not now
+            hooked.running = False
+
+    fast.backbone.layer2.register_forward_hook(run)
+
+    def work(_: int) -> None:
+        fast.capture([] if lazy else SHAPES[1:2], lazy=int(lazy))
+        assert torch.equal(fast(images)["out"], expected)
+
+    run_in_threads(work, 1)
+    assert len(found) == WARM_UP_RUNS + 1
+    assert all(torch.equal(each, wanted) for each in found)
+    assert replays(cuda) == 1
+    assert SHAPES[2] not in captured(called)
+
+
+def test_a_hook_that_captures_during_a_capture_is_an_error(cuda: FakeCuda) -> None:
+    fast, other = make_fast(), make_fast()
+    handle = fast.backbone.layer2.register_forward_hook(lambda *_: other.capture(SHAPES[:1]))
+
+    def work(_: int) -> None:
+        with pytest.raises(RuntimeError, match="is being captured by this very thread"):
+            fast.capture(SHAPES[:1])
+        handle.remove()
+        for model in (fast, other):  # and the turn is given back
+            model.capture(SHAPES[:1])
+            model(torch.randn(SHAPES[0]))
+
+    run_in_threads(work, 1)
+    assert replays(cuda) == 2
 
 
 # Weights, copies, and what drops the graphs.
@@ -628,6 +682,26 @@ def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 
 
 GPU_SHAPES = [(1, 3, 65, 97), (2, 3, 128, 96), (3, 3, 224, 160)]
+
+
+@pytest.mark.gpu
+def test_a_hook_runs_a_captured_model_during_a_real_capture(device: torch.device) -> None:
+    """What it runs is launched again with each replay, and the model's own results stay as they were."""
+    fast, other = (make_fast(device, torch.float16) for _ in range(2))
+    images, inner = torch.randn(SHAPES[1], device=device), torch.randn(SHAPES[0], device=device)
+    expected, wanted = fast(images)["out"], other.logits(inner)["out"]
+    other.capture(SHAPES[:1], lazy=1)
+    written = torch.zeros_like(wanted)
+    handle = fast.backbone.layer2.register_forward_hook(lambda *_: written.copy_(other.logits(inner)["out"]) and None)
+
+    def work(_: int) -> None:
+        fast.capture(SHAPES[1:2])
+
+    run_in_threads(work, 1)
+    handle.remove()
+    written.zero_()
+    assert torch.equal(fast(images)["out"], expected)
+    torch.testing.assert_close(written, wanted)
 
 
 @pytest.mark.gpu

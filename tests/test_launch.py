@@ -141,22 +141,39 @@ def test_fault_07_tensors_on_the_device_that_is_not_current(function: Function, 
     assert equal(tuple(tensor.to(device) for tensor in actual), function(logits, target))
 
 
-def test_fault_11_fp32_convolutions_follow_pytorchs_setting(device: torch.device) -> None:
-    x, weight = torch.randn(1, 512, 5, 6, device=device), torch.randn(64, 512, 1, 1, device=device)
-    exact = F.conv2d(x.double(), weight.double()).relu()
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision  # type: ignore[attr-defined]
+@pytest.mark.parametrize("function", ["conv_bn_relu", "aspp_projection", *library.FORMS])
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_fault_11_fp32_convolutions_follow_pytorchs_setting(function: str, impl: str, device: torch.device) -> None:
+    """That of convolutions, whatever the one of matrix products is."""
+    if function in library.FORMS and (impl == "triton" or (device.type == "cpu" and "cudnn" in function)):
+        pytest.skip("a form of the library; cuDNN's is for GPUs")
+    C = 512
+    x, weight = torch.randn(1, C, 5, 6, device=device), torch.randn(64, 2 * C, 1, 1, device=device)
+    pooled, shift = torch.randn(1, C, 1, 1, device=device), torch.zeros(64, device=device)
+    weight = weight if function == "aspp_projection" else weight[:, :C].contiguous()
+    exact = reference.conv_bn_relu(x.double(), weight[:, :C].double(), None, shift.double())
+    if function == "aspp_projection":
+        exact = reference.aspp_projection(x.double(), pooled.double(), weight.double(), None, shift.double())
+
+    def run() -> Tensor:
+        if function == "aspp_projection":
+            return kernels.aspp_projection(x, pooled, weight, None, shift, impl=impl)
+        if function == "conv_bn_relu":
+            return kernels.conv_bn_relu(x, weight, None, shift, impl=impl)
+        return library.FORMS[function](x, weight, None, shift, None, 1, 0, 1, True)
+
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision  # type: ignore[attr-defined]
     errors = {}
     try:
-        for precision in ("ieee", "tf32"):
-            conv.fp32_precision = precision  # type: ignore[attr-defined]
-            y = kernels.conv_bn_relu(x, weight, None, torch.zeros(64, device=device), impl="triton")
-            errors[precision] = relative_error(y, exact)
+        for precision, other in (("ieee", "tf32"), ("tf32", "ieee")):
+            conv.fp32_precision, matmul.fp32_precision = precision, other  # type: ignore[attr-defined]
+            errors[precision] = relative_error(run(), exact)
     finally:
-        conv.fp32_precision = before  # type: ignore[attr-defined]
+        conv.fp32_precision, matmul.fp32_precision = before  # type: ignore[attr-defined]
     assert errors["ieee"] < 1e-6
     assert errors["tf32"] < 1e-3
-    assert device.type == "cpu" or errors["tf32"] > 1e-5
+    assert device.type == "cpu" or impl == "torch" or errors["tf32"] > 1e-5  # cuDNN may use it or not
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -230,23 +247,35 @@ def test_the_same_bit_by_bit_in_every_run(
         assert equal(loss_and_gradient(logits, target), first)
 
 
-@pytest.mark.parametrize(("N", "size", "channels"), [(3, 4, (16, 32)), large(33, 512, (256, 64))])
-@pytest.mark.parametrize("tile", ["pointer", "gemm_tma"])
+@pytest.mark.parametrize(("N", "size", "width"), [(3, 4, 16), large(33, 512, 256)])
+@pytest.mark.parametrize("what", ["input", "output", "partial sums"])
+@pytest.mark.parametrize(
+    ("tile", "kernel"), [("pointer", 1), ("pointer", 3), ("gemm_tma", 1), ("boxes_tma", 3)], ids=str
+)
 def test_fault_01_convolutions_of_more_than_2_31_values(
-    tile: str, N: int, size: int, channels: tuple[int, int], device: torch.device
+    tile: str, kernel: int, what: str, N: int, size: int, width: int, device: torch.device
 ) -> None:
     """fp16, since the interpreter gets bf16 wrong. The last image is compared, which lies past 2^31."""
-    if device.type == "cuda" and tile == "gemm_tma" and torch.cuda.get_device_capability(device) < (9, 0):
+    if device.type == "cuda" and tile != "pointer" and torch.cuda.get_device_capability(device) < (9, 0):
         pytest.skip("TMA needs compute capability 9.0")
-    C, C_out = channels
+    C, C_out = {"input": (width, 64), "output": (64, width), "partial sums": (64, 64)}[what]
     x = torch.randn(N, C, size, size, dtype=torch.float16, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
-    layer = Layer.of("conv_bn_relu", x.shape, (C_out, C, 1, 1), x.dtype)
-    choice = next(t for t in tiles_for(layer, (9, 0)) if t.kernel == tile)
-    weight = torch.randn(C_out, C, 1, 1, dtype=torch.float16, device=device) / C**0.5
-    y = kernel_call(layer, choice)(x, weight, torch.zeros(C_out, device=device), None)
-    exact = F.conv2d(x[-1:].double(), weight.double()).relu()
-    assert relative_error(y[-1:], exact) < 1e-3
+    residual = torch.randn(N, C_out, 1, 1, dtype=torch.float16, device=device) if what == "output" else None
+    if residual is not None:
+        residual = residual.expand(-1, -1, size, size).contiguous(memory_format=torch.channels_last)
+    layer = Layer.of(
+        "conv_bn_relu", x.shape, (C_out, C, kernel, kernel), x.dtype,
+        padding=kernel // 2 * 2, dilations=(kernel // 2 * 2 or 1,), residual=residual is not None,
+    )  # fmt: skip
+    choice = next(t for t in tiles_for(layer, (9, 0)) if t.kernel == tile and t.skip == (kernel == 3))
+    choice = choice._replace(splits=4 if what == "partial sums" else 1)
+    weight = torch.randn(C_out, C, kernel, kernel, dtype=torch.float16, device=device) / (kernel * C**0.5)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    y = kernel_call(layer, choice)(x, weight, torch.zeros(C_out, device=device), residual)
+    exact = F.conv2d(x[-1:].double(), weight.double(), padding=layer.padding, dilation=layer.dilations[0])
+    exact = exact if residual is None else exact + residual[-1:].double()
+    assert relative_error(y[-1:], exact.relu()) < 1e-3
 
 
 @pytest.mark.parametrize("tiles", [70, large(70_000)])

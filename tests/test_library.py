@@ -346,7 +346,9 @@ def test_fault_05_convolutions_of_any_strides(layout: str) -> None:
 
 def test_the_scale_is_folded_into_the_weight_in_fp32_and_rounded_once() -> None:
     weight, scale = torch.randn(6, 8, 3, 3).half(), torch.rand(6)
-    folded = library._folded(weight.contiguous(memory_format=torch.channels_last), scale)
+    folded, rest = library._folded(weight.contiguous(memory_format=torch.channels_last), scale)
+    assert rest is not None
+    assert torch.equal(rest, torch.ones(6))
     assert torch.equal(folded, (weight.double() * scale.double()[:, None, None, None]).float().half())
     assert folded.is_contiguous(memory_format=torch.channels_last)
 
@@ -406,3 +408,39 @@ def test_every_form(form: str, options: dict[str, Any], residual: str, device: t
     exact = reference.conv_bn_relu(*in_fp64((x, weight, scale, shift, added)), **options)
     actual = library.FORMS[form](x, weight, scale, shift, added, *defaults.values())
     assert relative_error(actual, exact) < 3 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.gpu) if form == "cudnn_relu" else form for form in library.FORMS]
+)
+@pytest.mark.parametrize(("of_x", "of_weight", "of_scale"), [(1e-3, 1, 1e5), (1e3, 1, 1e-6), (10, 1e3, 1e-6)])
+def test_a_scale_that_fp16_weights_can_not_take(
+    form: str, of_x: float, of_weight: float, of_scale: float, device: torch.device
+) -> None:
+    """The product would be infinite or nothing, or the result overflow before the scale; the end result is ordinary."""
+    generator = torch.Generator().manual_seed(0)
+    x = (of_x * torch.rand(2, 64, 5, 4, generator=generator)).half()
+    weight = (of_weight * (0.5 + torch.rand(8, 64, 1, 1, generator=generator))).half()
+    scale, shift = of_scale * (1 + torch.rand(8, generator=generator)), torch.rand(8, generator=generator)
+    scale[0], weight[1] = 0, 0
+    arguments = [value.to(device) for value in (x, weight, scale, shift)]
+    exact = reference.conv_bn_relu(*in_fp64(tuple(arguments)))
+    assert 0 < exact.max() < 6e4
+    actual = library.FORMS[form](*arguments, None, 1, 0, 1, True)
+    assert actual.dtype == torch.float16
+    assert relative_error(actual, exact) < 3 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("convolve", [library.conv_pointwise, library.conv_fused_pointwise])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_every_form_of_the_projection(
+    convolve: Callable[..., Tensor], dtype: torch.dtype, scaled: bool, device: torch.device
+) -> None:
+    """A shift per image is added by both; to more than one image."""
+    arguments = [None if value is None else value.to(device) for value in projection(dtype, scaled)[0]]
+    assert len(arguments[0]) > 1
+    exact = reference.aspp_projection(*in_fp64(tuple(arguments)))
+    actual = library.projection_of_branches(convolve, *arguments)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(actual, exact) < 3 * torch.finfo(dtype).eps

@@ -333,15 +333,28 @@ def test_convolutions_under_autocast_keep_their_dtype(impl: str, device: torch.d
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_fault_05_convolutions_of_any_strides(impl: str, layout: str, device: torch.device) -> None:
-    x, weight, scale, shift, residual, *geometry = conv(device)
-    x, weight, residual = (LAYOUTS[layout](tensor) for tensor in (x, weight, residual))
-    scale, shift = (values.repeat_interleave(2)[::2] for values in (scale, shift))
-    exact = reference.conv_bn_relu(
-        *(tensor.double() for tensor in (x, weight, scale, shift, residual)), padding=2, dilation=2
-    )
-    actual = torch.ops.fastdeeplab.conv_bn_relu(x, weight, scale, shift, residual, *geometry, impl)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
+@pytest.mark.parametrize("name", FUSED)
+def test_fault_05_convolutions_of_any_strides(name: str, layout: str, impl: str, device: torch.device) -> None:
+    """Of every argument."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(weight) for weight in value]
+        if not isinstance(value, Tensor):
+            return value
+        if layout == "expanded":  # strides of 0
+            return value[:1].expand_as(value)
+        return LAYOUTS[layout](value) if value.ndim == 4 else value.repeat_interleave(2)[::2]
+
+    def in_fp64(value: Any) -> Any:
+        return [tensor.double() for tensor in value] if isinstance(value, list) else value.double()
+
+    arguments = tuple(map(moved, FUSED[name](device)))
+    options = {"conv_bn_relu": {"padding": 2, "dilation": 2}, "aspp_branches": {"rates": (2, 4)}}.get(name, {})
+    tensors = [value for value in arguments if isinstance(value, Tensor | list)]
+    exact = getattr(reference, name)(*map(in_fp64, tensors), **options)
+    actual = getattr(torch.ops.fastdeeplab, name)(*arguments, impl)
     assert relative_error(actual, exact) < (2e-6 if device.type == "cpu" else 2e-3)  # TF32 on a GPU
 
 

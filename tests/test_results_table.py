@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import results_table
+import torch
 from harness import ROOT, Results, Row
 from test_harness import a_row
+
+from fastdeeplab.rivals import Network, rivals_of
 
 EMPTY = f"before\n{results_table.BEGIN}\n{results_table.END}\nafter\n"
 
@@ -22,6 +25,7 @@ ROWS = (
     measured("torchvision-channels_last", 8.0),
     measured("torchvision-compile", 5.0),
     measured("torchvision-max-autotune", 4.0),
+    measured("cudnn-fused", 3.2),
     measured("fastdeeplab-torch", None, reason="RuntimeError: no"),
     measured("fastdeeplab", 2.5, share_of_floor=0.75),
 )
@@ -39,8 +43,19 @@ def test_images_per_second_ratios_and_share_of_the_floor(tmp_path: Path) -> None
     assert lines[0].endswith(", commit abc:")
     assert len({line.count("|") for line in lines[2:]}) == 1
     assert lines[4:] == [
-        "| R50 OS8 8x3x520x520 K=21 | bfloat16 | 500 | 1000 | 2000 |  | 3200 | 6.40x | 3.20x | 1.60x |  | 0.75 |"
+        "| R50 OS8 8x3x520x520 K=21 | bfloat16 | 500 | 1000 | 2000 | 2500 |  | 3200 "
+        "| 6.40x | 3.20x | 1.60x | 1.28x |  | 0.75 |"
     ]
+
+
+def test_no_rival_of_a_gpu_is_left_out() -> None:
+    """The one to beat is the best of all: each has a column, those of torch.compile one together."""
+    network = Network(50, 8, 21, (512, 512), 1, torch.bfloat16)
+    names = [rival.name for rival in rivals_of(network, torch.device("cuda"))]
+    assert any(name.endswith("reduce-overhead") for name in names)
+    ends = [end for ends in results_table.COLUMNS.values() for end in ends]
+    left = [name for name in names if not any(name == end or name.endswith(f"-{end}") for end in ends)]
+    assert left == ["ResNetModel"], "ours, on live parameters"
 
 
 def test_networks_come_as_they_were_measured(tmp_path: Path) -> None:
