@@ -13,7 +13,7 @@ demo: .venv/.demo  ## Segment three pictures into demo-output/
 	$(BIN)/fastdeeplab demo --out demo-output
 
 test: .venv/.test  ## Run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: .venv/.test .venv/.lint  ## Check format, style and types
 	$(BIN)/ruff format --check .
@@ -28,7 +28,7 @@ codegen: .venv/.test $(CODEGEN_VERSIONS:%=.venv-triton-%/.done)  ## Compile ever
 	for version in $(CODEGEN_VERSIONS); do .venv-triton-$$version/bin/python tests/codegen.py --thorough || exit 1; done
 
 clean:  ## Remove the virtual environment and everything built
-	rm -rf .venv .venv-triton-* build *.egg-info demo-output
+	rm -rf .venv .venv-triton-* build *.egg-info demo-output runs
 
 # One environment, and in it one stamp per extra of pyproject.toml.
 .venv/.%: pyproject.toml constraints.txt

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, Case, ConvCase, Record
+from cases import DEVICE, Record
 from fastdeeplab.kernels.measure import measure
 from harness import Results, default_path, make_row
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -46,13 +46,13 @@ def record(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, results:
     def record(
         kernel: str,
         implementation: str,
-        case: Case | ConvCase,
+        case: Any,
         candidate: Callable[..., Any],
         inputs: Sequence[Any],
         reference: Callable[..., Any],
         tolerance: float,
         error: Callable[[Any, Any], float],
-        work: Work,
+        work: Work | None,
         shape: str | None = None,
         flop: int | None = None,
         tile: str = "",

@@ -4,6 +4,7 @@ Nothing is loaded in part: keys and shapes are compared before the first value i
 """
 
 import http.client
+import importlib.resources
 import inspect
 import math
 import os
@@ -29,7 +30,16 @@ from fastdeeplab.convert import (
 from fastdeeplab.model import ResNetModel
 from fastdeeplab.weights_file import read_state_dict, unwrap, write_safetensors
 
-__all__ = ["CheckpointError", "check_state_dict", "infer_config", "load", "load_weights", "read_state_dict", "save"]
+__all__ = [
+    "CheckpointError",
+    "check_state_dict",
+    "infer_config",
+    "load",
+    "load_weights",
+    "packaged_checkpoint",
+    "read_state_dict",
+    "save",
+]
 
 # Published by torchvision: DeepLabV3_ResNet*_Weights.COCO_WITH_VOC_LABELS_V1, with 21 classes, and
 # ResNet*_Weights.IMAGENET1K_V1. The end of a name is the beginning of the file's SHA-256.
@@ -299,6 +309,18 @@ def load(path: str | os.PathLike[str], **overrides: Any) -> ResNetModel:
     model.to(reduce(torch.promote_types, dtypes or {torch.float32}))
     load_weights(model, state_dict, drop_aux=model.aux_classifier is None)
     return model.eval()
+
+
+def packaged_checkpoint(name: str) -> Path:
+    """The checkpoint that comes with the package under this name, such as ``"shapes"``, to be loaded by ``load``.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(str(importlib.resources.files("fastdeeplab") / f"{name}.safetensors"))
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint named {name} comes with the package")
+    return path
 
 
 def _check_config(config: dict[str, Any], state_dict: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from fastdeeplab.kernels import upsample_cross_entropy
@@ -59,32 +60,56 @@ class SegmentationLoss(nn.Module):
         self.weight: Tensor | None
         self.register_buffer("weight", None if weight is None else weight.detach().float(), persistent=False)
 
-    def forward(self, outputs: Mapping[str, Tensor] | Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self, outputs: Mapping[str, Tensor] | Tensor, target: Tensor, normalizer: Tensor | None = None
+    ) -> Tensor:
         """Compute the loss.
 
         Args:
             outputs: what ``ResNetModel`` returns: ``"out"`` and perhaps ``"aux"``, (B, K, H, W) or, with
                 ``upsample=False``, (B, K, h, w); or the main logits alone.
             target: (B, H, W) class indices, uint8, int16, int32 or int64.
+            normalizer: a scalar to divide the summed loss by, in place of ``valid_weight(target)``, which gives the
+                mean. A batch that is computed in parts, by gradient accumulation or by several processes, has the
+                loss and the gradients of the whole where each part is divided by the weight of the whole. Where the
+                normalizer is 0, the loss is divided by 1: without valid pixels it is 0 then.
 
         Returns:
-            The loss, a scalar in fp32. NaN if every pixel is ignored, as in PyTorch, or if the target on a GPU has a
-            class outside [0, K) that is not ``ignore_index``.
+            The loss, a scalar in fp32. Without a normalizer NaN if every pixel is ignored, as in PyTorch; NaN, too, if
+            the target on a GPU has a class outside [0, K) that is not ``ignore_index``.
 
         Raises:
-            ValueError: shapes or types do not fit, or the target has a class outside [0, K) that is not
-                ``ignore_index`` (on a GPU with ``check_target``).
+            ValueError: shapes or types do not fit, the normalizer is no scalar, or the target has a class outside
+                [0, K) that is not ``ignore_index`` (on a GPU with ``check_target``).
             RuntimeError: ``kernel`` is ``"triton"`` and the kernel can't run here.
         """
         outputs = {"out": outputs} if isinstance(outputs, Tensor) else outputs
         if "out" not in outputs:
             raise ValueError(f'outputs must have the main logits as "out", got {sorted(outputs)}')
-        loss = self._cross_entropy(outputs["out"], target)
+        if normalizer is not None and not (isinstance(normalizer, Tensor) and normalizer.ndim == 0):
+            raise ValueError(f"normalizer must be a scalar tensor, got {normalizer!r}")
+        reduction = "mean" if normalizer is None else "sum"
+        loss = self._cross_entropy(outputs["out"], target, reduction)
         if "aux" in outputs and self.aux_weight:
-            loss = loss + self.aux_weight * self._cross_entropy(outputs["aux"], target)
+            loss = loss + self.aux_weight * self._cross_entropy(outputs["aux"], target, reduction)
+        if normalizer is not None:
+            loss = loss / normalizer.to(loss).where(normalizer != 0, 1.0)
         return loss
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+    def valid_weight(self, target: Tensor) -> Tensor:
+        """The weights of the pixels that are not ignored, added up: a scalar in fp64 (fp32 on Apple's GPUs).
+
+        It is what the mean divides by: without class weights the number of those pixels.
+        """
+        precise = torch.float32 if target.device.type == "mps" else torch.float64  # Apple's GPUs have no fp64
+        target = target.long()
+        valid = target != self.ignore_index
+        if self.weight is None:
+            return valid.sum(dtype=precise)
+        own = target.clamp(0, len(self.weight) - 1)  # strays make the loss an error or NaN
+        return (self.weight[own] * valid).sum(dtype=precise)
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor, reduction: str) -> Tensor:
         low, full = tuple(logits.shape[2:]), tuple(target.shape[1:])
         if logits.ndim == 4 and target.ndim == 3 and any(a > b for a, b in zip(low, full, strict=True)):
             raise ValueError(f"logits must be no larger than the target's {full}, got {low}")
@@ -93,6 +118,7 @@ class SegmentationLoss(nn.Module):
             target,
             weight=self.weight,
             ignore_index=self.ignore_index,
+            reduction=reduction,
             label_smoothing=self.label_smoothing,
             check_target=self.check_target,
             impl=self.kernel,

@@ -5,6 +5,7 @@ mcordts/cityscapesScripts ``helpers/labels.py`` (the 19 classes with a training 
 CSAILVision/sceneparsing (``objectInfo150.txt``, the first name of each class, and ``color150.mat``).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Color = tuple[int, int, int]
@@ -34,20 +35,29 @@ def voc_color(index: int) -> Color:
 
 
 def generated_palette(num_classes: int) -> Palette:
-    """A palette for classes without names; VOC's colours from its first class on, so that none is black."""
-    return Palette(
-        classes=tuple(f"class {index}" for index in range(num_classes)),
-        colors=tuple(voc_color(index + 1) for index in range(num_classes)),
-    )
+    """A palette for classes without names."""
+    return named_palette([f"class {index}" for index in range(num_classes)])
 
 
-def choose_palette(name: str, num_classes: int) -> Palette:
+def named_palette(classes: Sequence[str]) -> Palette:
+    """A palette for these names: VOC's colours, black for a first class called `background` and for no other."""
+    background = 0 if classes[0] == "background" else None
+    first = 1 if background is None else 0
+    colors = tuple(voc_color(index + first) for index in range(len(classes)))
+    return Palette(tuple(classes), colors, background)
+
+
+def choose_palette(name: str, num_classes: int, classes: Sequence[str] | None = None) -> Palette:
     """The palette called `name` for a model with `num_classes` classes.
 
-    ``"auto"`` goes by the number of classes: 21 is VOC, 19 Cityscapes, 150 ADE20K, any other gets generated colours.
+    ``"auto"`` takes the palette of just the names `classes`, where they are known, and generates colours for those
+    that have none. Without names it goes by their number: 21 is VOC, 19 Cityscapes, 150 ADE20K, any other is generated.
 
     Raises ValueError if there is no such palette or it is for another number of classes.
     """
+    if name == "auto" and classes is not None and len(classes) == num_classes:
+        named = (palette for palette in PALETTES.values() if palette.classes == tuple(classes))
+        return next(named, None) or named_palette(classes)
     if name == "auto":
         fitting = (palette for palette in PALETTES.values() if len(palette) == num_classes)
         return next(fitting, None) or generated_palette(num_classes)

@@ -70,8 +70,16 @@ def unwrap(content: Any, name: str | Path = "The state dict") -> dict[str, Tenso
     return {key.removeprefix(prefix): value for key, value in content.items()}
 
 
-def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    config: dict[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write tensors and a model's configuration to one file, which appears under its name when it is complete.
+
+    ``metadata`` is kept beside the configuration. ``"training"`` says as JSON where the weights come from; nothing
+    reads it but ``read_classes``.
 
     Raises:
         ValueError: the name does not end in ``.safetensors``.
@@ -82,12 +90,36 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
         raise ValueError(f"path must end in .safetensors, got {os.fspath(path)!r}")
     safetensors = _import_safetensors()
     packed = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    metadata = {"format": "pt", "fastdeeplab": FORMAT_VERSION, "config": json.dumps(config)}
+    known = {"format": "pt", "fastdeeplab": FORMAT_VERSION, "config": json.dumps(config)}
     with replace_when_complete(path) as partial:
         try:
-            safetensors.torch.save_file(packed, partial, metadata)
+            safetensors.torch.save_file(packed, partial, {**(metadata or {}), **known})
         except safetensors.SafetensorError as error:
             raise OSError(f"{os.fspath(path)} could not be written: {error}") from error
+
+
+def read_classes(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
+    """The names of the classes that a file from a training run was trained on; None for any other file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged.
+        ImportError: the package safetensors is missing.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        return None
+    safetensors = _import_safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            origin = json.loads((file.metadata() or {}).get("training", "null"))
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated, damaged or not a safetensors file ({error})") from error
+    except ValueError:
+        return None
+    names = origin.get("classes") if isinstance(origin, dict) else None
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if known else None
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

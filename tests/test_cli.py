@@ -1,6 +1,7 @@
 """The command line, run on folders of good and bad pictures."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -21,8 +22,10 @@ from typer.testing import CliRunner
 
 import fastdeeplab as fdl
 from fastdeeplab import cli, pictures
-from fastdeeplab.palettes import PALETTES
+from fastdeeplab.checkpoint import packaged_checkpoint
+from fastdeeplab.palettes import PALETTES, choose_palette
 from fastdeeplab.segmenter import Segmenter
+from fastdeeplab.weights_file import write_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,19 @@ def test_folder(segment: Callable[..., Any], photos: Path, out: Path, weights: P
             assert tuple(mask.getpalette()[:63]) == tuple(value for color in PALETTES["voc"].colors for value in color)
             np.testing.assert_array_equal(np.asarray(mask), segmenter(path))
             assert len(np.unique(np.asarray(mask))) > 1
+
+
+def test_names_and_colours_are_those_that_the_checkpoint_was_trained_on(
+    segment: Callable[..., Any], photos: Path, out: Path, tmp_path: Path
+) -> None:
+    model, classes = small_model(num_classes=21), ["background", *(f"part {index}" for index in range(20))]
+    path = tmp_path / "trained.safetensors"
+    write_safetensors(path, model.state_dict(), model.config, {"training": json.dumps({"classes": classes})})
+    asked: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli.pictures, "choose_palette", lambda *given: asked.append(given) or choose_palette(*given))
+        assert segment(photos / "beach.jpg", "--out", out, "--weights", path).exit_code == 0
+    assert asked == [("auto", 21, tuple(classes))]
 
 
 def test_overlay(segment: Callable[..., Any], photos: Path, out: Path) -> None:
@@ -545,7 +561,7 @@ def test_info_finds_published_weights_in_the_cache(tmp_path: Path, monkeypatch: 
 
 def test_suffixes_are_those_of_formats_that_can_be_read() -> None:
     Image.init()
-    assert {Image.EXTENSION[suffix] for suffix in cli.SUFFIXES} == set(pictures.FORMATS)
+    assert {Image.EXTENSION[suffix] for suffix in cli.pictures.SUFFIXES} == set(pictures.FORMATS)
 
 
 def run(*arguments: str) -> Any:
@@ -600,7 +616,123 @@ def test_what_bench_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("fastdeeplab.bench.run_bench", run_bench)
     path = tmp_path / "rows.csv"
-    result = run("bench", "--size", "64x96", "--batch-size", "2", "--profile", "--csv", str(path), "--device", "cpu")
+    chart, options = tmp_path / "bench.png", ("--size", "64x96", "--batch-size", "2", "--profile", "--device", "cpu")
+    result = run("bench", *options, "--csv", str(path), "--chart", str(chart))
     assert result.exit_code == 130
-    expected = {"quick": False, "csv": path, "profile": True, "seconds": 2.0}
+    expected = {"quick": False, "csv": path, "chart": chart, "profile": True, "seconds": 2.0}
     assert asked == [("R50 OS8 64x96 B2 K=21", expected)]
+
+
+@pytest.fixture(scope="module")
+def six_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network for as many classes as the shapes have."""
+    path = tmp_path_factory.mktemp("weights") / "six.safetensors"
+    small_model(aux_head=False, num_classes=6).save(path)
+    return path
+
+
+def test_evaluate_shows_and_writes_what_it_finds(six_classes: Path, tmp_path: Path) -> None:
+    figures, chart = tmp_path / "figures.json", tmp_path / "chart.png"
+    options = ("--data", "shapes", "--limit", "4", "--size", "40x56", "--batch-size", "3", "--device", "cpu")
+    result = run("evaluate", str(six_classes), *options, "--json", str(figures), "--chart", str(chart))
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())
+    assert found["pictures"] == 4
+    assert sum(map(sum, found["confusion"])) == 4 * 40 * 56
+    assert [row["name"] for row in found["classes"]] == ["background", "disc", "ring", "square", "triangle", "star"]
+    assert "mIoU" in result.stdout
+    assert f"{found['miou']:.4f}" in result.stdout
+    with Image.open(chart) as image:
+        assert image.format == "PNG"
+
+
+def test_evaluate_takes_the_packaged_checkpoint_for_shapes(six_classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(cli.training, "packaged_checkpoint", lambda name: asked.append(name) or six_classes)
+    result = run("evaluate", "--limit", "2", "--size", "32x32", "--seed", "5")
+    assert result.exit_code == 0, result.output
+    assert asked == ["shapes"]
+
+
+def test_evaluate_a_folder_with_the_masks_that_segment_wrote(
+    segment: Callable[..., Any], photos: Path, out: Path, weights: Path, tmp_path: Path
+) -> None:
+    """Its own masks, at the pictures' own size, but with one class ignored and one picture's mask of another class."""
+    segment(photos, "--out", out, "--resize", 0)
+    ignored = 0
+    for path in out.iterdir():
+        mask = np.asarray(Image.open(path))
+        ignored += int((mask == mask[0, 0]).sum())
+        Image.fromarray(np.where(mask == mask[0, 0], 255, mask).astype(np.uint8)).save(path)
+    options = ["--data", "folder", "--images", str(photos), "--masks", str(out), "--json", str(tmp_path / "f.json")]
+    assert run("evaluate", str(weights), *options).exit_code == 0
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["pictures"] == 3
+    assert found["pixel_accuracy"] > 0.995  # folding the batch norms rounds differently
+    assert sum(map(sum, found["confusion"])) == 3 * 48 * 33 - ignored
+    assert found["classes"][20]["name"] == "class 20"
+
+
+def test_fault_17_evaluate_names_a_picture_that_can_not_be_read(
+    segment: Callable[..., Any], photos: Path, out: Path, weights: Path, tmp_path: Path
+) -> None:
+    segment(photos, "--out", out)
+    (photos / "street.png").write_bytes(b"")
+    options = ["--images", str(photos), "--masks", str(out), "--json", str(tmp_path / "figures.json")]
+    result = run("evaluate", str(weights), "--data", "folder", *options)
+    assert result.exit_code == 2
+    assert result.stderr.endswith(f"error: {photos / 'street.png'}: is empty\n")
+    assert not (tmp_path / "figures.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "coco"), "--data must be shapes, folder, voc, cityscapes, ade20k, got coco"),
+        (("--data", "ade20k"), "--data ade20k needs the weights of a model for its classes"),
+        (("--data", "folder"), "--data folder needs the weights of a model for its classes"),
+        (("--size", "big"), "--size must be HEIGHTxWIDTH"),
+        (("--dtype", "float64"), "--dtype must be float32, float16, bfloat16"),
+        (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
+        (("--json", "nowhere/figures.json"), "--json nowhere/figures.json: there is no folder nowhere"),
+        (("--chart", "nowhere/chart.png"), "--chart nowhere/chart.png: there is no folder nowhere"),
+        (("nothing.safetensors",), "error: there is no file nothing.safetensors"),
+        ((__file__,), "is not a checkpoint"),
+    ],
+)
+def test_wrong_options_of_evaluate(arguments: tuple[str, ...], message: str, six_classes: Path) -> None:
+    if arguments[0].startswith("--") and arguments[0] != "--data":
+        arguments += (str(six_classes),)
+    result = run("evaluate", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "voc"), "voc needs root"),
+        (("--data", "voc", "--root", "nowhere"), "nowhere: there is no such folder"),
+        (("--data", "folder", "--images", "nowhere"), "folder needs masks"),
+        (("--root", "nowhere"), "root can't be given for shapes"),
+        (("--split", "test"), "split must be train or val for shapes"),
+        (("--seed", "-1"), "seed must be an integer from 0 up"),
+        (("--limit", "0"), "limit must be at least 1"),
+    ],
+)
+def test_data_that_evaluate_can_not_open(arguments: tuple[str, ...], message: str, six_classes: Path) -> None:
+    result = run("evaluate", str(six_classes), *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_evaluate_another_number_of_classes(weights: Path) -> None:
+    result = run("evaluate", str(weights))
+    assert result.exit_code == 2
+    assert "the model has 21 classes, the data set 6" in result.stderr
+
+
+def test_there_is_no_packaged_checkpoint_of_an_unknown_name() -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint named nothing comes with the package"):
+        packaged_checkpoint("nothing")

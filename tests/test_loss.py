@@ -97,6 +97,59 @@ def test_fault_14_all_pixels_ignored() -> None:
     assert fdl.SegmentationLoss()(outputs, torch.full_like(target, 255)).isnan()
 
 
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.5, 2.0, 0.0, 3.0])])
+@pytest.mark.parametrize("smooth", [0.0, 0.1])
+def test_parts_divided_by_the_weight_of_the_whole_add_up_to_it(weight: Tensor | None, smooth: float) -> None:
+    """Also where one part has far more ignored pixels than the other."""
+    outputs, target = example()
+    target[0, :20] = 255
+    criterion = fdl.SegmentationLoss(weight=weight, label_smoothing=smooth)
+    expected = formula(outputs, target, weight=weight, smooth=smooth)
+    total = criterion.valid_weight(target)
+    parts = [
+        criterion({name: logits[i : i + 1] for name, logits in outputs.items()}, target[i : i + 1], total)
+        for i in range(2)
+    ]
+    loss = parts[0] + parts[1]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    for name, logits in outputs.items():
+        actual = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+        wanted = torch.autograd.grad(expected, logits, retain_graph=True)[0]
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_valid_weight(dtype: torch.dtype) -> None:
+    target = torch.tensor([[[0, 1, 1], [255 if dtype == torch.uint8 else -1, 2, 2]]]).to(dtype)
+    ignored = 255 if dtype == torch.uint8 else -1
+    assert fdl.SegmentationLoss(ignore_index=ignored).valid_weight(target) == 5
+    weighted = fdl.SegmentationLoss(ignore_index=ignored, weight=torch.tensor([1.0, 10.0, 100.0]))
+    assert weighted.valid_weight(target) == 221
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 256])
+def test_valid_weight_with_an_ignore_index_that_uint8_can_not_hold(ignore_index: int) -> None:
+    target = torch.tensor([[[0, 255]]], dtype=torch.uint8)
+    assert fdl.SegmentationLoss(ignore_index=ignore_index).valid_weight(target) == 2
+
+
+def test_fault_14_all_pixels_ignored_with_a_normalizer() -> None:
+    """A loss of 0 and gradients of 0: a batch of unreadable pictures does not end a training."""
+    outputs, target = example()
+    criterion = fdl.SegmentationLoss(label_smoothing=0.1)
+    target = torch.full_like(target, 255)
+    loss = criterion(outputs, target, criterion.valid_weight(target))
+    loss.backward()
+    assert loss == 0
+    assert all(logits.grad is not None and not logits.grad.any() for logits in outputs.values())
+
+
+@pytest.mark.parametrize("normalizer", [3.0, torch.ones(1)])
+def test_a_normalizer_that_is_no_scalar_tensor(normalizer: object) -> None:
+    with pytest.raises(ValueError, match="normalizer must be a scalar tensor"):
+        fdl.SegmentationLoss()(*example(), normalizer)
+
+
 @pytest.mark.parametrize("value", [5, 254, -1, 256, -100])
 def test_fault_14_target_outside_the_classes(value: int) -> None:
     outputs, target = example()

@@ -32,9 +32,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {f"fastdeeplab/{path.name}" for path in (ROOT / "fastdeeplab").glob("*.py")}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fastdeeplab").rglob("*.py")}
+    expected |= {f"fastdeeplab/{path.name}" for path in (ROOT / "fastdeeplab").glob("*.safetensors")}
     expected |= {f"fastdeeplab/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.*")}
     assert names == expected
+    assert "fastdeeplab/data/__init__.py" in names
 
 
 def test_the_installed_wheel_segments_a_picture(wheel: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from import_torchvision import torchvision
 
-from fastdeeplab.palettes import PALETTES, choose_palette, generated_palette, voc_color
+from fastdeeplab.palettes import PALETTES, choose_palette, generated_palette, named_palette, voc_color
 
 
 def test_voc_names_are_those_of_torchvision() -> None:
@@ -51,6 +51,23 @@ def test_auto_goes_by_the_number_of_classes(num_classes: int, name: str) -> None
     palette = choose_palette("auto", num_classes)
     assert palette == PALETTES.get(name, generated_palette(2))
     assert len(palette) == num_classes
+
+
+def test_known_names_go_before_the_number_of_classes() -> None:
+    names = ("background", *(f"part {index}" for index in range(20)))
+    palette = choose_palette("auto", 21, names)
+    assert palette.classes == names
+    assert palette.background == 0
+    assert palette.colors == PALETTES["voc"].colors
+    assert choose_palette("auto", 19, PALETTES["cityscapes"].classes) is PALETTES["cityscapes"]
+    assert choose_palette("auto", 21, ("cat", "dog")) is PALETTES["voc"], "names of other classes"
+    assert choose_palette("voc", 21, names) is PALETTES["voc"], "asked for by name"
+
+
+def test_names_without_a_background_have_no_black() -> None:
+    palette = named_palette(("cat", "background"))
+    assert (0, 0, 0) not in palette.colors
+    assert palette.background is None
 
 
 def test_generated_colors_differ_and_none_is_black() -> None:

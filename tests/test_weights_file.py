@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeeplab.convert import CheckpointError
-from fastdeeplab.weights_file import read_state_dict, write_safetensors
+from fastdeeplab.weights_file import read_classes, read_state_dict, write_safetensors
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16)}
 
@@ -262,3 +262,20 @@ def test_configuration_is_json_in_the_header(tmp_path: Path) -> None:
         metadata = file.metadata()
     assert json.loads(metadata["config"]) == {"depth": 50}
     assert metadata["fastdeeplab"] == "1"
+
+
+def test_names_of_classes(tmp_path: Path) -> None:
+    def classes(metadata: dict[str, str] | None) -> tuple[str, ...] | None:
+        write_safetensors(tmp_path / "weights.safetensors", TENSORS, {}, metadata)
+        return read_classes(tmp_path / "weights.safetensors")
+
+    assert classes({"training": '{"classes": ["road", "kerb"]}'}) == ("road", "kerb")
+    for damaged in ("", "{", "[1]", "{}", '{"classes": 2}', '{"classes": ["road", 2]}'):
+        assert classes({"training": damaged}) is None
+    assert classes(None) is None
+    assert read_classes(tmp_path / "weights.pth") is None
+    (tmp_path / "weights.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_classes(tmp_path / "weights.safetensors")
+    with pytest.raises(FileNotFoundError):
+        read_classes(tmp_path / "missing.safetensors")

@@ -1,0 +1,191 @@
+"""Train a network, and evaluate one on a data set."""
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastdeeplab.checkpoint import packaged_checkpoint
+from fastdeeplab.cli.terminal import (
+    DTYPES,
+    BatchSize,
+    Device,
+    console,
+    device_of,
+    fail,
+    listing,
+    load_model,
+    parse_size,
+    progress_bar,
+    require,
+    stderr,
+)
+from fastdeeplab.training.options import FREE_ON_RESUME, OPTIONS, TrainingOptions, read_toml
+from fastdeeplab.weights_file import read_classes
+
+
+def _with_training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each of ``TrainingOptions``; those that are left out are None."""
+    signature = inspect.signature(command)
+    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for name, field in OPTIONS.items():
+        type_ = field.metadata["kind"].type | None
+        default = False if field.default is None else str(field.default).lower()
+        annotation = Annotated[type_, typer.Option(help=field.metadata["help"], show_default=default)]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return command
+
+
+@_with_training_options
+def train(
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A TOML file of options; those given here go before it.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, with its own options.")
+    ] = False,
+    **options: Any,
+) -> None:
+    """Train a network; with torchrun on several GPUs: torchrun --nproc-per-node 8 -m fastdeeplab.cli train ...
+
+    The folder --out gets the last and the best weights, everything that --resume needs, the options as config.toml,
+    and TensorBoard events. An interrupt ends the run after the current step, with a checkpoint.
+    """
+    from fastdeeplab.train import train
+    from fastdeeplab.training.run_folder import RunFolder
+
+    try:
+        given = read_toml(config) if config else {}
+        for name, value in options.items():
+            if value is not None:
+                parse = OPTIONS[name].metadata["kind"].parse
+                given[name] = parse(value) if parse else value
+        if resume:
+            run = RunFolder(given.get("out", TrainingOptions.out))
+            run.check_same(given)
+            free = {name: given[name] for name in FREE_ON_RESUME if name in given}
+            chosen = dataclasses.replace(run.options(), **{**free, "out": str(run.path)})
+        else:
+            chosen = TrainingOptions(**given)
+        result = train(chosen, resume=resume, console=console)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:  # CheckpointError and TrainingError among them
+        fail(str(error))
+    except KeyboardInterrupt:
+        stderr.print("interrupted")
+        raise typer.Exit(130) from None
+    if os.environ.get("RANK", "0") == "0":
+        state = "finished" if result.finished else f"interrupted after step {result.step} of {result.steps}"
+        miou = "" if result.miou is None else f", mIoU {result.miou:.4f}, the best {result.best_miou or 0:.4f}"
+        console.print(f"{result.run}: {state}{miou}")
+        if not result.finished:
+            console.print(f"go on with: fastdeeplab train --resume --out {result.run}")
+    if not result.finished:
+        raise typer.Exit(130)
+
+
+def evaluate(
+    weights: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FILE|torchvision",
+            help="A checkpoint, or torchvision's published weights, which are the default for voc; shapes has its own.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str, typer.Option(metavar="shapes|folder|voc|cityscapes|ade20k", help="The data set; shapes needs no files.")
+    ] = "shapes",
+    root: Annotated[Path | None, typer.Option(help="Folder of voc, cityscapes or ade20k.", show_default=False)] = None,
+    images: Annotated[Path | None, typer.Option(help="With --data folder: the pictures.", show_default=False)] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="With --data folder: their masks, of the same names.", show_default=False)
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME...", help="With --data folder: names.", show_default="the checkpoint's"),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, val or all.", show_default="val; all of a folder without train and val")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of shapes' scenes, and of what a folder holds out.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Pictures at most.", show_default=False)] = None,
+    size: Annotated[str | None, typer.Option(metavar="HEIGHTxWIDTH", help="Of shapes.", show_default="128x128")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures.", show_default=False)] = None,
+    chart: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the IoU of every class, as PNG.", show_default=False)
+    ] = None,
+    batch_size: BatchSize = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="the checkpoint's")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Compare a model's masks with those of a data set: IoU of every class, their mean, pixel accuracy.
+
+    Pictures keep their own size. A class that neither the targets nor the masks have is left out of the mean.
+    """
+    from fastdeeplab.data import DATASETS, open_dataset
+    from fastdeeplab.evaluate import evaluate as run_evaluation
+    from fastdeeplab.evaluate import write_chart, write_json
+
+    require(data in DATASETS, f"--data must be {listing(DATASETS)}", data)
+    require(dtype is None or dtype in DTYPES, f"--dtype must be {listing(DTYPES)}", dtype)
+    require(batch_size >= 1, "--batch-size must be at least 1", batch_size)
+    for option, path in (("--json", json), ("--chart", chart)):
+        if path is not None and not path.parent.is_dir():
+            fail(f"{option} {path}: there is no folder {path.parent}")
+    if weights is None and data not in ("shapes", "voc"):
+        fail(f"--data {data} needs the weights of a model for its classes")
+    elif weights not in (None, "torchvision") and not Path(weights).is_file():
+        fail(f"there is no file {weights}")
+    place = device_of(device)
+    scene_size = None if size is None else parse_size(size)
+    try:
+        chosen = weights or ("torchvision" if data == "voc" else str(packaged_checkpoint("shapes")))
+    except OSError as error:
+        fail(str(error))
+    depth, output_stride = (50, 8) if chosen == "torchvision" else (None, None)
+    model = load_model(chosen, depth, output_stride, option="WEIGHTS")
+    if split is None:
+        split = "all" if data == "folder" and not (images is not None and (images / "val").is_dir()) else "val"
+    try:
+        names: Any = None
+        if data == "folder":
+            known = None if chosen == "torchvision" else read_classes(chosen)
+            names = classes.split(",") if classes else known or model.config["num_classes"]
+        dataset = open_dataset(
+            data,
+            split,
+            root=root,
+            images=images,
+            masks=masks,
+            classes=names,
+            seed=seed,
+            limit=limit,
+            size=scene_size,
+        )
+        with progress_bar() as progress:
+            task = progress.add_task("evaluating", total=len(dataset))
+            evaluation = run_evaluation(
+                model,
+                dataset,
+                batch_size=batch_size,
+                device=place,
+                dtype=None if dtype is None else DTYPES[dtype],
+                progress=lambda done: progress.update(task, completed=done),
+            )
+        console.print(evaluation.table())
+        if json is not None:
+            write_json(json, evaluation)
+        if chart is not None:
+            write_chart(chart, evaluation)
+    except KeyboardInterrupt:
+        stderr.print("interrupted")
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        fail(str(error))
