@@ -193,11 +193,14 @@ def print_profile(parts: Sequence[Part], device: torch.device) -> None:
         roofline.print_row(*cells, *floors)
 
 
-def read_size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"a size is HEIGHTxWIDTH, such as 520x520, got {text}")
-    return int(height), int(width)
+def read_sizes(text: str) -> list[tuple[int, int]]:
+    sizes = []
+    for size in text.split(","):
+        height, _, width = size.partition("x")
+        if not (height.isdecimal() and width.isdecimal()):
+            raise argparse.ArgumentTypeError(f"a size is HEIGHTxWIDTH, such as 520x520, got {size}")
+        sizes.append((int(height), int(width)))
+    return sizes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -205,7 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, choices=(50, 101, 152), default=50)
     parser.add_argument("--output-stride", type=int, choices=(8, 16), default=8)
-    parser.add_argument("--size", type=read_size, default=(520, 520), metavar="HxW", help="default: 520x520")
+    parser.add_argument(
+        "--size", type=read_sizes, default=[(520, 520)], metavar="HxW[,HxW...]", help="default: 520x520"
+    )
     parser.add_argument("--batch", type=int, default=8 if on_gpu else 1, help="default: 8, on a CPU 1")
     parser.add_argument("--classes", type=int, default=21, help="default: 21")
     dtypes = ("bfloat16", "float16", "float32")
@@ -223,12 +228,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--all needs a GPU: on a CPU it would take hours")
     device, dtype = torch.device("cuda" if on_gpu else "cpu"), getattr(torch, options.dtype)
     try:
-        one = Network(options.depth, options.output_stride, options.classes, options.size, options.batch, dtype)
+        chosen = [
+            Network(options.depth, options.output_stride, options.classes, size, options.batch, dtype)
+            for size in options.size
+        ]
         file = Results(options.csv or default_path(device))
     except ValueError as error:
         parser.error(str(error))
     try:
-        for network in networks_of_the_aims(dtype) if options.all else [one]:
+        for network in networks_of_the_aims(dtype) if options.all else chosen:
             rivals = chosen_rivals(network, device, options.rivals)
             try:
                 measure_network(network, device, file, seconds=options.seconds, tune=options.tune, rivals=rivals)

@@ -124,7 +124,8 @@ class PaddedClassifier(nn.Conv2d):
         return super().forward(x)[:, : self.classes]
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, of which {self.classes} are classes"
+        plain = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}, of which {self.classes} are classes"
 
 
 def classify(classifier: nn.Conv2d, x: Tensor, affine: Affine, *, kernel: str = "auto") -> Tensor:

@@ -32,9 +32,9 @@ def can_run(images: Tensor) -> bool:
     Code that is compiled, exported or traced, and code that a dispatch mode watches, is to see the model's own
     operators.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
-    return (
+    return bool(
         type(images) is Tensor
         and images.device.type == "cpu"
         and images.dtype == torch.float32

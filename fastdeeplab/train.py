@@ -378,7 +378,8 @@ def _stop_on_signals(keep: bool) -> Iterator[StopRequest]:
     Unless ``keep``, a second signal acts as it would without this. Under torchrun a terminal's interrupt comes twice,
     once from the terminal and once passed on.
     """
-    stop, before = StopRequest(), {}
+    stop = StopRequest()
+    before: dict[int, Any] = {}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -432,7 +433,7 @@ def _augmentation(options: TrainingOptions) -> Augmentation:
 def _load(pictures: Augmented, order: PictureOrder, trainer: Trainer, options: TrainingOptions) -> Iterator[Batch]:
     """The batches of the steps that are left, read ahead by the workers."""
     loader: DataLoader[Batch] = DataLoader(
-        pictures,  # type: ignore[arg-type]
+        pictures,
         batch_sampler=_Batches(order, range(trainer.step, trainer.steps)),
         num_workers=options.workers,
         pin_memory=trainer.processes.device.type == "cuda",

@@ -118,8 +118,9 @@ def read_classes(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
     except ValueError:
         return None
     names = origin.get("classes") if isinstance(origin, dict) else None
-    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return tuple(names) if known else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

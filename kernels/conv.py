@@ -32,8 +32,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .candidates import Tile, is_whole, masked_run, rectangle_runs
+from .candidates import Tile
 from .checks import pixel_pitch
+from .cuts import is_whole, masked_run, rectangle_runs
 from .splits import add_splits, adding_programs, scale_and_shift
 
 REGISTERS = 168  # of a thread with a tile of 64x64: left to itself, ptxas aims at 128 and may spill a few

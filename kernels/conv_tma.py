@@ -31,7 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .candidates import MAX_BOX, Tile, choose_box
+from .candidates import Tile
+from .cuts import MAX_BOX, choose_box
 from .splits import add_splits, adding_programs, scale_and_shift
 
 WEIGHTS = 4  # of one launch: a tensor map must be an argument of its own, Triton launches none that is inside a tuple

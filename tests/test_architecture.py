@@ -41,8 +41,8 @@ def test_kernels_know_nothing_of_the_model(path: Path) -> None:
         ("argmax", {".tiles"}),
         ("cross_entropy", {".tiles"}),
         ("cross_entropy_backward", {".tiles"}),
-        ("conv", {".candidates", ".splits"}),
-        ("conv_tma", {".candidates", ".splits"}),
+        ("conv", {".candidates", ".cuts", ".splits"}),
+        ("conv_tma", {".candidates", ".cuts", ".splits"}),
     ],
 )
 def test_kernel_files_do_not_import_each_other(stem: str, shared: set[str]) -> None:

@@ -195,6 +195,7 @@ def test_a_network_without_memory_leaves_the_others_alone(
     ("options", "message"),
     [
         (["--size", "520"], "a size is HEIGHTxWIDTH, such as 520x520, got 520"),
+        (["--size", "520x520,"], "a size is HEIGHTxWIDTH, such as 520x520, got "),
         (["--size", "0x5"], "size must be two positive numbers"),
         (["--batch", "0"], "batch must be at least 1"),
         (["--classes", "1"], "num_classes must be at least 2"),

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from cases import network_convolutions, small_convolutions
 from fastdeeplab.kernels import conv, reference
-from fastdeeplab.kernels.candidates import IEEE_TILES, ODD_TILES, TILES, Tile, rectangles
+from fastdeeplab.kernels.candidates import IEEE_TILES, ODD_TILES, TILES, Tile
+from fastdeeplab.kernels.cuts import rectangles
 from fastdeeplab.kernels.measure import largest_error, relative_error
 from fastdeeplab.kernels.tuning import in_fp64, kernel_call, random_inputs, tile_choices, tile_name, tolerance
 from guard_bands import assert_kept, banded, banded_allocations

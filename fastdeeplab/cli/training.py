@@ -33,7 +33,7 @@ def _with_training_options(command: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(command)
     parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     for name, field in OPTIONS.items():
-        type_ = field.metadata["kind"].type | None
+        type_: Any = field.metadata["kind"].type | None
         default = False if field.default is None else str(field.default).lower()
         annotation = Annotated[type_, typer.Option(help=field.metadata["help"], show_default=default)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))

@@ -31,10 +31,16 @@ class TrainingDisplay:
         if self.console is not None and self.console.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"))
-            facts = TextColumn("loss {task.fields[loss]:.4f}, {task.fields[speed]:.1f} images/s,")
-            columns += (facts, TimeRemainingColumn(), TextColumn("left"))
-            self.progress = Progress(*columns, console=self.console, transient=True)
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("steps, loss {task.fields[loss]:.4f}, {task.fields[speed]:.1f} images/s,"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=self.console,
+                transient=True,
+            )
             self.task = self.progress.add_task("training", total=steps, completed=start, loss=float("nan"), speed=0.0)
         self._begin_epoch()
 
