@@ -72,7 +72,7 @@ class SegmentationLoss(nn.Module):
             normalizer: a scalar to divide the summed loss by, in place of ``valid_weight(target)``, which gives the
                 mean. A batch that is computed in parts, by gradient accumulation or by several processes, has the
                 loss and the gradients of the whole where each part is divided by the weight of the whole. Where the
-                normalizer is 0, the loss is divided by 1: without valid pixels it is 0 then.
+                normalizer is 0, without valid pixels or with those of classes of weight 0 alone, the loss is 0.
 
         Returns:
             The loss, a scalar in fp32. Without a normalizer NaN if every pixel is ignored, as in PyTorch; NaN, too, if
@@ -93,7 +93,7 @@ class SegmentationLoss(nn.Module):
         if "aux" in outputs and self.aux_weight:
             loss = loss + self.aux_weight * self._cross_entropy(outputs["aux"], target, reduction)
         if normalizer is not None:
-            loss = loss / normalizer.to(loss).where(normalizer != 0, 1.0)
+            loss = loss / normalizer.to(loss).where(normalizer != 0, math.inf)
         return loss
 
     def valid_weight(self, target: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Several processes that train one model: the gradients of the whole batch in each, and a run under torchrun."""
 
-import copy
 import os
 import signal
 import subprocess
@@ -11,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 from training_runs import ALONE, CLASSES, SMALL, assert_same_gradients, batch_of, frozen_trainer, gradients, options
 
-from fastdeeplab.train import Trainer
 from fastdeeplab.training.processes import Processes, join
 from fastdeeplab.training.run_folder import RunFolder
+from fastdeeplab.training.trainer import Trainer
 
 WEIGHTED: dict[str, Any] = {"class_weights": (1.0, 2.0, 0.5, 1.0, 0.0, 3.0), "label_smoothing": 0.1}
 
@@ -124,6 +124,8 @@ def torchrun(*arguments: object, processes: int = 2, code: str = "") -> subproce
 def arguments_of(out: Path, **changed: object) -> list[str]:
     found = ["--out", str(out)]
     for name, value in (SMALL | changed).items():
+        if value is None:
+            continue
         option = name.replace("_", "-")
         if isinstance(value, bool):
             found.append(f"--{option}" if value else f"--no-{option}")
@@ -151,7 +153,7 @@ def test_torchrun_trains_what_one_process_trains_with_the_whole_batch(tmp_path: 
 STOPPED = """
 import os, signal, sys
 from fastdeeplab import cli
-from fastdeeplab.train import Trainer
+from fastdeeplab.training.trainer import Trainer
 train_step, rank, at, number = Trainer.train_step, *map(int, sys.argv[1:4])
 def wrapped(self, batches):
     if self.step == at and self.processes.rank == rank:
@@ -177,17 +179,41 @@ def test_an_interrupted_run_of_two_processes_goes_on_bit_by_bit(tmp_path: Path) 
         assert all(torch.equal(two[key], value) for key, value in one.items()), name
 
 
-def test_a_killed_process_ends_the_run_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_run_and_leaves_the_checkpoint_before(tmp_path: Path, killed: int) -> None:
     (tmp_path / "stopped.py").write_text(STOPPED)
     arguments = ("train", *arguments_of(tmp_path / "run", checkpoint_every=1))
-    ended = torchrun(1, 2, int(signal.SIGKILL), *arguments, code=str(tmp_path / "stopped.py"))
+    ended = torchrun(killed, 2, int(signal.SIGKILL), *arguments, code=str(tmp_path / "stopped.py"))
     assert ended.returncode != 0
+    if "error:" in ended.stderr:  # of the other one, if torchrun lets it speak
+        assert "error: Another process of the run ended at step 3, and may have said why" in ended.stderr
+        assert "The checkpoint after step 2 in" in ended.stderr
     state = RunFolder(tmp_path / "run").load(processes=2)
     assert state is not None
     assert state["step"] == 2
-    resumed = torchrun("--resume", "--out", tmp_path / "run")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "going on after step 2 of 4" in resumed.stdout
+    if killed:
+        resumed = torchrun("--resume", "--out", tmp_path / "run")
+        assert resumed.returncode == 0, resumed.stderr
+        assert "going on after step 2 of 4" in resumed.stdout
+
+
+def test_pictures_that_can_not_be_used_are_named_by_every_process(tmp_path: Path) -> None:
+    """Each reads its share; none waits for one that has ended."""
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        for index in range(12):
+            picture = Image.new("RGB" if folder == "images" else "L", (16, 16))
+            picture.save(tmp_path / folder / f"{index:02}.png")
+    for index in (3, 8):
+        (tmp_path / f"masks/{index:02}.png").write_bytes(b"damaged")
+    data = {"data": "folder", "images": tmp_path / "images", "masks": tmp_path / "masks", "classes": 3}
+    arguments = arguments_of(tmp_path / "run", **data, limit=None, val_limit=None, size=None)
+    ended = torchrun(*arguments)
+    assert ended.returncode != 0
+    assert "2 of 12 pictures can't be used" in ended.stderr
+    for index in (3, 8):
+        assert f"masks/{index:02}.png" in ended.stderr
+    assert not (tmp_path / "run").exists()
 
 
 # Batch statistics over all processes
@@ -206,12 +232,12 @@ def _synchronised_gradients(rank: int, count: int, folder: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("count", [1, 2])
-def test_synchronised_batch_norms_have_the_statistics_of_the_whole_batch(tmp_path: Path, count: int) -> None:
+def test_synchronised_batch_norms_have_the_statistics_of_the_whole_batch(tmp_path: Path) -> None:
+    count = 2
     if torch.cuda.device_count() < count:
         pytest.skip(f"needs {count} GPUs")
     mp.spawn(_synchronised_gradients, (count, tmp_path), nprocs=count)
-    trainer = Trainer(options(tmp_path, dropout=0.0), CLASSES, copy.copy(ALONE), 10)
+    trainer = Trainer(options(tmp_path, dropout=0.0), CLASSES, ALONE, 10)
     expected_loss, expected = gradients(trainer, [batch_of(4, ignored=2)])
     for rank in range(count):
         (loss, found), buffers = torch.load(tmp_path / f"{rank}.pt", map_location="cpu")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +28,12 @@ from typer.testing import CliRunner
 import fastdeeplab as fdl
 from fastdeeplab import cli
 from fastdeeplab.data import Augmented, Shapes, open_dataset
-from fastdeeplab.train import Trainer, TrainingError, TrainingResult, train
+from fastdeeplab.train import TrainingError, TrainingResult, train
 from fastdeeplab.training.options import OPTIONS, TrainingOptions, as_dict, read_toml, write_toml
 from fastdeeplab.training.processes import Processes
 from fastdeeplab.training.run_folder import RunFolder
 from fastdeeplab.training.schedule import PictureOrder, learning_rate_factor
+from fastdeeplab.training.trainer import Trainer
 
 PARTS = ("backbone", "head", "aux")
 
@@ -239,6 +241,39 @@ def test_learning_rates_of_backbone_head_and_aux(tmp_path: Path) -> None:
     assert rates(pretrained=str(tmp_path / "start.safetensors"))["backbone"] == pytest.approx(0.005)
 
 
+def test_events_of_steps_that_are_done_again_are_purged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the run ended before its first checkpoint."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    chosen = options(tmp_path / "run", tensorboard=True)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, spoil)
+        with pytest.raises(TrainingError):
+            train(chosen)
+    train(chosen, resume=True)
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_settings_of_cudnn_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for its benchmark mode, while the run goes on."""
+    found: list[Any] = []
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        at_step(
+            monkeypatch,
+            1,
+            lambda _: found.extend([torch.backends.cudnn.benchmark, torch.backends.cudnn.conv.fp32_precision]),
+        )
+        train(options(tmp_path / "run", epochs=1))
+        assert found == [True, "ieee"]
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
 def test_tensorboard_and_the_console(tmp_path: Path) -> None:
     from rich.console import Console
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -282,10 +317,18 @@ def test_the_gradients_are_those_of_the_public_loss(tmp_path: Path) -> None:
         torch.testing.assert_close(actual[name], parameter.grad)
 
 
-def test_fault_14_a_batch_without_valid_pixels_changes_no_weight_by_its_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "changed"),
+    [(255, {}), (4, {"class_weights": (1.0, 2.0, 0.5, 1.0, 0.0, 3.0), "label_smoothing": 0.1})],
+    ids=["ignored", "of a class of weight 0"],
+)
+def test_fault_14_a_batch_without_valid_pixels_changes_no_weight_by_its_loss(
+    tmp_path: Path, value: int, changed: dict[str, Any]
+) -> None:
+    """Though with label smoothing the sum over pixels of a class of weight 0 is not 0."""
     images, targets = batch_of(2)
-    trainer = frozen_trainer(tmp_path)
-    loss, found = gradients(trainer, [(images, torch.full_like(targets, 255))])
+    trainer = frozen_trainer(tmp_path, **changed)
+    loss, found = gradients(trainer, [(images, torch.full_like(targets, value))])
     assert loss == 0
     assert not any(gradient.any() for gradient in found.values())
 
@@ -361,7 +404,8 @@ def test_compiled_training(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from fastdeeplab.training.run_folder import RunFolder
-from fastdeeplab.train import Trainer, train
+from fastdeeplab.train import train
+from fastdeeplab.training.trainer import Trainer
 train_step, kill_at = Trainer.train_step, int(sys.argv[2])
 def wrapped(self, batches):
     if self.step == kill_at:
@@ -388,6 +432,37 @@ def test_fault_21_killed_at_a_random_step_and_resumed(alone: Path, tmp_path: Pat
     assert (run / "last.pt").exists() == (kill_at > 0)
     assert train(chosen, resume=True).finished
     assert_same_run(run, alone)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_every_process_ends_the_run_with_a_checkpoint(tmp_path: Path, number: int) -> None:
+    """As a terminal, a service manager or a batch system sends it: to the workers, too."""
+    arguments = [f"--{name.replace('_', '-')}" for name in ("out", "size", "width", "layers", "epochs", "batch_size")]
+    values = [str(tmp_path / "run"), "32", "0.125", "1,1,1,1", "500", "2"]
+    pairs = [text for pair in zip(arguments, values, strict=True) for text in pair]
+    command = [sys.executable, "-m", "fastdeeplab.cli", "train", *pairs, "--checkpoint-every", "1", "--workers", "2"]
+    with subprocess.Popen(
+        [*command, "--no-tensorboard", "--limit", "64"], start_new_session=True, stdout=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run/last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, number)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted after step" in said
+    assert "go on with: fastdeeplab train --resume" in said
+
+
+def test_an_interrupt_while_the_pictures_are_read(
+    tmp_path: Path, folders: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "fastdeeplab.data.opening._why_unusable", lambda dataset, index: os.kill(os.getpid(), signal.SIGINT)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(of_folders(tmp_path / "run", folders))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -437,6 +512,22 @@ def test_resuming_with_other_options(alone: Path) -> None:
 def test_resuming_with_another_number_of_processes(alone: Path) -> None:
     with pytest.raises(fdl.CheckpointError, match="of a run with 1 processes, here are 2"):
         RunFolder(alone).load(processes=2)
+
+
+def test_resuming_with_other_pictures(tmp_path: Path, folders: dict[str, Any]) -> None:
+    chosen = of_folders(tmp_path / "run", folders)
+    train(chosen)
+    for path in sorted(tmp_path.glob("[im]*s/*"))[:1] + sorted(tmp_path.glob("masks/*"))[:1]:
+        path.unlink()
+    with pytest.raises(ValueError, match=r"trained on 18 pictures, and here are 17\..*last\.safetensors"):
+        train(chosen, resume=True)
+
+
+def test_what_a_kill_left_half_written_goes_with_the_resume(alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone, tmp_path / "run")
+    (tmp_path / "run/.0123.partial").write_bytes(b"half")
+    train(resumed(alone, tmp_path / "run"), resume=True)
+    assert not (tmp_path / "run/.0123.partial").exists()
 
 
 def test_resuming_where_there_is_no_run(tmp_path: Path) -> None:
@@ -495,9 +586,12 @@ def test_gradients_that_are_not_finite_are_not_applied(tmp_path: Path) -> None:
 
 
 def test_a_nan_loss_before_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_step(monkeypatch, 1, spoil)
-    with pytest.raises(TrainingError, match="No checkpoint has been written"):
-        train(options(tmp_path / "run"))
+    chosen = options(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, spoil)
+        with pytest.raises(TrainingError, match="No checkpoint has been written"):
+            train(chosen)
+    assert train(dataclasses.replace(chosen, lr=0.001)).finished, "a folder without weights holds no run"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the worker is a fork of this process")
@@ -517,14 +611,17 @@ def test_a_killed_data_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert train(chosen, resume=True).finished
 
 
-def test_fault_21_a_full_disk(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", ["last.safetensors", "last.pt"])
+def test_fault_21_a_full_disk(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """At the first of a checkpoint's files, and at the second, when the first is new already."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     chosen = resumed(alone, tmp_path / "run")
+    most = (alone / file).stat().st_size - 1000
     try:
         with monkeypatch.context() as patch:  # as a full disk, but for this process alone
-            at_step(patch, 3, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1])))
-            with pytest.raises(TrainingError, match=r"last\.pt.* The checkpoint after step 2 in .* is whole"):
+            at_step(patch, 3, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1])))
+            with pytest.raises(TrainingError, match=rf"{file}.* The checkpoint after step 2 in .* is whole"):
                 train(chosen)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -564,13 +661,16 @@ def of_folders(out: Path, folders: dict[str, Any], **changed: object) -> Trainin
 
 
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:200])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def test_fault_17_corrupt_pictures_are_found_before_the_first_step(tmp_path: Path, folders: dict[str, Any]) -> None:
     truncate(tmp_path / "images/07.png")
     truncate(tmp_path / "masks/11.png")
-    with pytest.raises(ValueError, match=r"^2 of 20 pictures can't be used: .*07\.png.*11\.png.*check_data"):
+    with pytest.raises(
+        ValueError,
+        match=r"^2 of 20 pictures can't be used:\n.*(07|11)\.png.*\n.*(07|11)\.png.*\nMend .* without check_data$",
+    ):
         train(of_folders(tmp_path / "run", folders))
     assert not (tmp_path / "run").exists()
 

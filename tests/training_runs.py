@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastdeeplab.data import Shapes
-from fastdeeplab.train import Trainer
 from fastdeeplab.training.options import TrainingOptions
 from fastdeeplab.training.processes import Processes
+from fastdeeplab.training.trainer import Trainer
 
 SMALL: dict[str, Any] = {
     "size": 32,

@@ -1,6 +1,7 @@
 """Train a network, and evaluate one on a data set."""
 
 import dataclasses
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable
@@ -107,7 +108,9 @@ def evaluate(
     ] = None,
     classes: Annotated[
         str | None,
-        typer.Option(metavar="NAME,NAME...", help="With --data folder: names.", show_default="the checkpoint's"),
+        typer.Option(
+            metavar="NAME,NAME...", help="With --data folder: their names, or number.", show_default="the checkpoint's"
+        ),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="train, val or all.", show_default="val; all of a folder without train and val")
@@ -139,6 +142,8 @@ def evaluate(
     for option, path in (("--json", json), ("--chart", chart)):
         if path is not None and not path.parent.is_dir():
             fail(f"{option} {path}: there is no folder {path.parent}")
+    if chart is not None and importlib.util.find_spec("matplotlib") is None:
+        fail("--chart needs the package matplotlib: pip install 'fastdeeplab[plots]'")
     if weights is None and data not in ("shapes", "voc"):
         fail(f"--data {data} needs the weights of a model for its classes")
     elif weights not in (None, "torchvision") and not Path(weights).is_file():
@@ -154,10 +159,9 @@ def evaluate(
     if split is None:
         split = "all" if data == "folder" and not (images is not None and (images / "val").is_dir()) else "val"
     try:
-        names: Any = None
-        if data == "folder":
-            known = None if chosen == "torchvision" else read_classes(chosen)
-            names = classes.split(",") if classes else known or model.config["num_classes"]
+        names: Any = OPTIONS["classes"].metadata["kind"].parse(classes) if classes else None
+        if data == "folder" and names is None:
+            names = (None if chosen == "torchvision" else read_classes(chosen)) or model.config["num_classes"]
         dataset = open_dataset(
             data,
             split,

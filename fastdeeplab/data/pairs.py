@@ -133,11 +133,14 @@ def open_folders(
 
 def _match(images: Path, masks: Path) -> list[Pair]:
     pictures, targets = _by_stem(images), _by_stem(masks)
-    for there, here, what in ((pictures, targets, "mask"), (targets, pictures, "picture")):
-        if alone := [path for stem, path in there.items() if stem not in here]:
-            more = f", nor have {len(alone) - 1} more" if len(alone) > 1 else ""
-            folder = masks if what == "mask" else images
-            raise ValueError(f"{alone[0]} has no {what} of the same name in {folder}{more}")
+    alone = [
+        f"{path} has no {what} of the same name in {folder}"
+        for there, here, what, folder in ((pictures, targets, "mask", masks), (targets, pictures, "picture", images))
+        for stem, path in there.items()
+        if stem not in here
+    ]
+    if alone:
+        raise ValueError("\n".join(alone))
     return [(path, targets[stem]) for stem, path in sorted(pictures.items())]
 
 

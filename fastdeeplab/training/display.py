@@ -1,6 +1,8 @@
 """What a training run shows while it goes on: a progress bar, a line per epoch, TensorBoard events."""
 
 import time
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +16,7 @@ class TrainingDisplay:
         run: TensorBoard events go into its folder.
         steps: of the whole run.
         start: the step that the run begins with, 0 or where it is resumed.
+        resumed: whether the folder may hold events of steps that are done again.
         shown: whether this process shows anything.
         tensorboard: whether to write events.
         console: a ``rich.console.Console`` for the lines and, in a terminal, the bar; None shows neither.
@@ -23,10 +26,18 @@ class TrainingDisplay:
     """
 
     def __init__(
-        self, run: RunFolder, *, steps: int, start: int, shown: bool, tensorboard: bool, console: Any = None
+        self,
+        run: RunFolder,
+        *,
+        steps: int,
+        start: int,
+        resumed: bool,
+        shown: bool,
+        tensorboard: bool,
+        console: Any = None,
     ) -> None:
         self.console = console if shown else None
-        self.events = _summary_writer(run, start) if shown and tensorboard else None
+        self.events = _summary_writer(run, start + 1 if resumed else None) if shown and tensorboard else None
         self.progress = None
         if self.console is not None and self.console.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -100,11 +111,24 @@ class TrainingDisplay:
         self.losses: list[float] = []
 
 
-def _summary_writer(run: RunFolder, start: int) -> Any:
+@contextmanager
+def counting(console: Any, what: str, things: Sequence[Sized]) -> Iterator[Callable[[int], None]]:
+    """Yield a function that is told how many of all things are done, and shows it in a terminal."""
+    if console is None or not console.is_terminal:
+        yield lambda count: None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(what, total=sum(map(len, things)))
+        yield lambda count: progress.update(task, completed=count)
+
+
+def _summary_writer(run: RunFolder, purge_step: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
             "TensorBoard events need the package tensorboard: pip install 'fastdeeplab[training]', or tensorboard=False"
         ) from error
-    return SummaryWriter(str(run.path), purge_step=start + 1 if start else None)
+    return SummaryWriter(str(run.path), purge_step=purge_step)

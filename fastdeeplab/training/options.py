@@ -166,7 +166,8 @@ class TrainingOptions:
 
 
 OPTIONS = {field.name: field for field in fields(TrainingOptions)}
-FREE_ON_RESUME = ("out", "workers", "checkpoint_every", "tensorboard")  # what the weights do not depend on
+# What the weights do not depend on.
+FREE_ON_RESUME = ("out", "workers", "checkpoint_every", "tensorboard", "check_data")
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -75,8 +75,6 @@ def join(device: str | None = None) -> Iterator[Processes]:
         torch.cuda.set_device(place)
     if not joined:
         distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
-        yield Processes(distributed.get_rank(), distributed.get_world_size(), place)
-    finally:
-        if not joined:
-            distributed.destroy_process_group()
+    yield Processes(distributed.get_rank(), distributed.get_world_size(), place)
+    if not joined:  # not after an error, whose message comes first: it would wait for processes that may be gone
+        distributed.destroy_process_group()

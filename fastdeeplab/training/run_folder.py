@@ -35,8 +35,8 @@ class RunFolder:
         self.saved_step: int | None = None
 
     def check_new(self) -> None:
-        """Raise a FileExistsError if a run is here already."""
-        for file in (self.config, self.checkpoint, self.last, self.best):
+        """Raise a FileExistsError if weights of a run are here already; options alone are of one that never began."""
+        for file in (self.checkpoint, self.last, self.best):
             if file.exists():
                 raise FileExistsError(
                     f"{self.path} holds a run already ({file.name}): resume it, or choose another folder with out"
@@ -73,6 +73,8 @@ class RunFolder:
         Raises:
             CheckpointError: it can't be read, is of another version, or of a run with another number of processes.
         """
+        for partial in self.path.glob(".*.partial"):  # of a run that was killed while it wrote
+            partial.unlink(missing_ok=True)
         if not self.checkpoint.exists():
             return None
         try:
@@ -96,13 +98,12 @@ class RunFolder:
         Raises:
             OSError: they can't be written; what was there before stays.
         """
+        self.save_model(self.last, model, facts)  # before the checkpoint: a run that ends in between does it again
         with replace_when_complete(self.checkpoint) as partial:
             try:
                 torch.save({"format": FORMAT, **state}, partial)
             except RuntimeError as error:  # what torch says of a full disk
                 raise OSError(f"{self.checkpoint} could not be written: {str(error).partition(chr(10))[0]}") from error
-        self.saved_step = state["step"]
-        self.save_model(self.last, model, facts)
 
     def save_model(self, path: Path, model: ResNetModel, facts: Mapping[str, Any]) -> None:
         """Write a file that ``ResNetModel.load`` takes; its metadata say where the weights come from."""
@@ -124,4 +125,7 @@ class RunFolder:
         """For the end of an error message: what of the run can still be used."""
         if self.saved_step is None:
             return f"No checkpoint has been written to {self.path} yet"
-        return f"The checkpoint after step {self.saved_step} in {self.path} is whole, and a resume goes on from it"
+        return (
+            f"The checkpoint after step {self.saved_step} in {self.path} is whole: a resume goes on from it, and a run "
+            f"with other options can start from its weights, with pretrained={self.last}"
+        )

@@ -1,0 +1,143 @@
+"""The pictures of a training run: opened, checked, shared out, augmented and read ahead."""
+
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fastdeeplab.data import IGNORED, Augmentation, Augmented, SegmentationDataset, check_dataset, open_dataset
+from fastdeeplab.data.shapes import SIZE
+from fastdeeplab.training.options import TrainingOptions
+from fastdeeplab.training.processes import Processes
+from fastdeeplab.training.schedule import PictureOrder
+
+DEFAULT_CROP_SIZE = 512
+
+Batch = tuple[Tensor, Tensor]  # images (B, 3, h, w) fp32, target (B, h, w) uint8
+
+
+def open_pictures(options: TrainingOptions) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """Those to train and those to validate on."""
+    where: dict[str, Any] = {name: getattr(options, name) for name in ("root", "images", "masks", "classes", "size")}
+    limits = {"train": options.limit, "val": options.val_limit}
+    opened = [
+        open_dataset(options.data, split, seed=options.seed, limit=limit, **where) for split, limit in limits.items()
+    ]
+    return opened[0], opened[1]
+
+
+def check_pictures(
+    datasets: Sequence[SegmentationDataset], processes: Processes, progress: Callable[[int], None]
+) -> None:
+    """Read every picture and mask, each process its share.
+
+    Args:
+        progress: called after each picture with how many this process has read.
+
+    Raises:
+        ValueError: in every process, if some can't be used; each is named.
+    """
+    problems, done = [], 0
+    for dataset in datasets:
+        own = Share(dataset, range(processes.rank, len(dataset), processes.count))
+        problems += check_dataset(own, progress=lambda count, before=done: progress(before + count))
+        done += len(own)
+    found = [str(problem) for part in processes.gather(problems) for problem in part]
+    if found:
+        raise ValueError(
+            "\n".join([f"{len(found)} of {sum(map(len, datasets))} pictures can't be used:", *found])
+            + "\nMend or remove them, or train without them, without check_data"
+        )
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some pictures of a data set."""
+
+    dataset: SegmentationDataset
+    indices: Sequence[int]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.dataset.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.dataset[self.indices[index]]
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(self.indices[index])
+
+
+class ReadableShare(Share):
+    """One that can't be read has a target that is ignored, and is named in a warning."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        try:
+            return super().__getitem__(index)
+        except (ValueError, OSError) as error:
+            warnings.warn(f"{self.name(index)} is left out: {error}", RuntimeWarning, stacklevel=2)
+            return torch.zeros(3, 1, 1, dtype=torch.uint8), torch.full((1, 1), IGNORED, dtype=torch.uint8)
+
+
+def read_batches(
+    pictures: SegmentationDataset, options: TrainingOptions, order: PictureOrder, steps: range, *, pin_memory: bool
+) -> Iterator[Batch]:
+    """The batches of these steps, augmented, read ahead by the workers."""
+    loader: DataLoader[Batch] = DataLoader(
+        Augmented(pictures, _augmentation(options), options.seed),
+        batch_sampler=_Batches(order, steps),
+        num_workers=options.workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_outlive_interrupts,
+        generator=torch.Generator(),  # leaves the global one as it is
+    )
+    return iter(loader)
+
+
+def _augmentation(options: TrainingOptions) -> Augmentation:
+    scene = options.size or SIZE if options.data == "shapes" else DEFAULT_CROP_SIZE
+    return Augmentation(
+        crop_size=options.crop_size or scene,
+        scale=(options.scale_min, options.scale_max),
+        flip=options.flip,
+        brightness=options.jitter,
+        contrast=options.jitter,
+        saturation=options.jitter,
+        hue=options.jitter / 6,
+    )
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """As a DataLoader wants them."""
+
+    order: PictureOrder
+    steps: range
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.order.batches_of(self.steps)
+
+    def __len__(self) -> int:
+        return sum(len(self.order.batches(step)) for step in self.steps)
+
+
+def _outlive_interrupts(worker: int) -> None:
+    """The workers are needed until the step is done.
+
+    An interrupt in a terminal, and the end of a service or a job, go to every process. A second SIGTERM ends a worker.
+    """
+
+    def once(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, once)
