@@ -76,7 +76,7 @@ def step(model: fdl.ResNetModel, loss: Loss, autocast: bool, images: Tensor, tar
 
 
 @pytest.mark.parametrize("implementation", ["plain", "torch", "triton"])
-@pytest.mark.parametrize("case", map(StepCase, CLASSES), ids=str)
+@pytest.mark.parametrize("case", [StepCase(classes) for classes in CLASSES], ids=str)
 def test_training_step(case: StepCase, implementation: str, record: Record) -> None:
     if implementation == "triton" and DEVICE.type != "cuda":
         pytest.skip("needs an NVIDIA GPU")
