@@ -13,7 +13,7 @@ demo: .venv/.demo  ## Segment three pictures into demo-output/
 	$(BIN)/fastdeeplab demo --out demo-output
 
 test: .venv/.test  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.test .venv/.lint  ## Check format, style and types
 	$(BIN)/ruff format --check .

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import distributed
 
-from fastdeeplab.data import SegmentationDataset
+from fastdeeplab.data import Augmented, SegmentationDataset
 from fastdeeplab.training.display import TrainingDisplay, counting
 from fastdeeplab.training.interrupts import StopRequest, stop_on_signals
 from fastdeeplab.training.options import TrainingOptions, as_dict
-from fastdeeplab.training.pictures import Batch, check_pictures, open_pictures, read_batches
+from fastdeeplab.training.pictures import Batch, augmentation_of, check_pictures, open_pictures, read_batches
 from fastdeeplab.training.processes import join
 from fastdeeplab.training.run_folder import RunFolder
 from fastdeeplab.training.schedule import PictureOrder
@@ -88,6 +88,7 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Any = None
         else:
             run.check_new()
 
+        augmentation = augmentation_of(options)
         pictures, validation_pictures = datasets = open_pictures(options)
         if options.check_data and options.data != "shapes" and not resume:
             with counting(console if processes.is_first else None, "reading the pictures", datasets) as read:
@@ -125,7 +126,8 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Any = None
         if state is not None:
             display.print(f"going on after step {trainer.step} of {trainer.steps}")
         steps, on_gpu = range(trainer.step, trainer.steps), processes.device.type == "cuda"
-        batches = read_batches(pictures, options, order, steps, pin_memory=on_gpu)
+        samples = Augmented(pictures, augmentation, options.seed)
+        batches = read_batches(samples, order, steps, workers=options.workers, pin_memory=on_gpu)
         try:
             with display:
                 _run(trainer, run, batches, order, validation_pictures, display, stop, options.checkpoint_every)

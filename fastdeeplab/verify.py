@@ -232,7 +232,10 @@ def _obstacles(device: torch.device) -> Iterator[_Subject]:
     if able:
         gpu = Gpu.of(device)
         listed = {
-            tile.kernel for dtype in able for layer in _layers(device, dtype) for tile in tile_choices(layer, device)
+            tile.kernel
+            for dtype in able
+            for layer in _layers(device, dtype)
+            for tile in tile_choices(layer, device, wasteful=True)
         }
         for kernel in sorted({row[1].kernel for row in TILES} - listed):
             why = "it has no tile choice for {}, compute capability {}.{}".format(gpu.name, *gpu.capability)
@@ -389,7 +392,7 @@ def chosen_tiles(layers: Sequence[Layer], device: torch.device, quick: bool) -> 
     """
     seen: set[tuple[str, Tile]] = set()
     for layer in layers:
-        tiles = [] if kernels_are_off() else tile_choices(layer, device)
+        tiles = [] if kernels_are_off() else tile_choices(layer, device, wasteful=True)
         fresh = {(layer.function, tile) for tile in tiles} - seen
         seen |= fresh
         if quick:

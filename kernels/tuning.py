@@ -139,13 +139,17 @@ def fastest(layer: Layer, device: torch.device, times: Times) -> Measurement | N
     )
 
 
-def tile_choices(layer: Layer, device: torch.device) -> list[Tile]:
-    """The sparing ones that may serve a layer, also with their K loop split where a GPU has room for more programs."""
+def tile_choices(layer: Layer, device: torch.device, *, wasteful: bool = False) -> list[Tile]:
+    """The sparing ones that may serve a layer, also with their K loop split where a GPU has room for more programs.
+
+    If ``wasteful`` all that may serve it, sparing or not.
+    """
     if why_not(device, layer.dtype) is not None:
         return []
     gpu = Gpu.of(device)
     found = []
-    for tile in sparing(layer, tiles_for(layer, gpu.capability)):
+    tiles = tiles_for(layer, gpu.capability)
+    for tile in tiles if wasteful else sparing(layer, tiles):
         runs = sum(count for count, _ in layer.runs(tile))
         programs = runs * -(-layer.C_out // tile.block_n)
         steps = layer.executed(tile) / (runs * tile.block_m) * -(-layer.C // tile.block_k)

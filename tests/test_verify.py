@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fastdeeplab.kernels import argmax, conv, library, tuning
-from fastdeeplab.kernels.candidates import SPLITS, Gpu, tiles_for
+from fastdeeplab.kernels.candidates import Gpu, splits_of, tiles_for
 from networks import small_model
 from rich.console import Console
 from torch import Tensor
@@ -239,13 +239,18 @@ def test_every_tile_choice_is_verified(gpu: Gpu, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(verifying, "convolution_precision", lambda device: "tf32")
     for dtype in (torch.bfloat16, torch.float32):
         layers = verifying._layers(torch.device("cuda"), dtype)
-        tiles = {(layer.function, tile) for layer in layers for tile in tiles_for(layer, gpu.capability)}
         for quick in (False, True):
             chosen = list(chosen_tiles(layers, torch.device("cuda"), quick))
             found = [(layer.function, tile) for layer, those in chosen for tile in those]
-            splits = (1,) if quick else SPLITS
-            assert set(found) == {(name, tile._replace(splits=count)) for name, tile in tiles for count in splits}
-            assert not quick or len(found) == len(tiles)
+            expected = {
+                (layer.function, tile._replace(splits=count))
+                for layer in layers
+                for tile in tiles_for(layer, gpu.capability)
+                for count in splits_of(layer, tile, gpu.capability)
+                if count == 1 or not quick
+            }
+            assert set(found) == expected
+            assert not quick or len(found) == len(expected)
 
 
 def test_the_descriptor_kernels_are_verified_where_a_gpu_has_them(monkeypatch: pytest.MonkeyPatch) -> None:

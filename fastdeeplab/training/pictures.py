@@ -89,13 +89,13 @@ class ReadableShare(Share):
 
 
 def read_batches(
-    pictures: SegmentationDataset, options: TrainingOptions, order: PictureOrder, steps: range, *, pin_memory: bool
+    samples: Augmented, order: PictureOrder, steps: range, *, workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """The batches of these steps, augmented, read ahead by the workers."""
+    """The batches of these steps, read ahead by the workers."""
     loader: DataLoader[Batch] = DataLoader(
-        Augmented(pictures, _augmentation(options), options.seed),
+        samples,
         batch_sampler=_Batches(order, steps),
-        num_workers=options.workers,
+        num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_outlive_interrupts,
         generator=torch.Generator(),  # leaves the global one as it is
@@ -103,7 +103,7 @@ def read_batches(
     return iter(loader)
 
 
-def _augmentation(options: TrainingOptions) -> Augmentation:
+def augmentation_of(options: TrainingOptions) -> Augmentation:
     scene = options.size or SIZE if options.data == "shapes" else DEFAULT_CROP_SIZE
     return Augmentation(
         crop_size=options.crop_size or scene,
