@@ -278,6 +278,25 @@ def test_fault_01_convolutions_of_more_than_2_31_values(
     assert relative_error(y[-1:], exact.relu()) < 1e-3
 
 
+@pytest.mark.parametrize(("size", "C_b"), [(9, 24), large(512, 2064)])
+@pytest.mark.parametrize("tile", ["pointer", "boxes_tma"])
+def test_fault_01_branches_of_more_than_2_31_values(tile: str, size: int, C_b: int, device: torch.device) -> None:
+    """The last channels of the last branch are compared."""
+    if device.type == "cuda" and tile != "pointer" and torch.cuda.get_device_capability(device) < (9, 0):
+        pytest.skip("TMA needs compute capability 9.0")
+    rates = (2, 4, 6)
+    x = torch.randn(1, 8, size, size, dtype=torch.float16, device=device).contiguous(memory_format=torch.channels_last)
+    weights = [
+        torch.randn(C_b, 8, k, k, dtype=torch.float16, device=device).contiguous(memory_format=torch.channels_last) / 8
+        for k in (1, 3, 3, 3)
+    ]
+    layer = Layer.of("aspp_branches", x.shape, weights[-1].shape, x.dtype, dilations=rates)
+    choice = next(t for t in tiles_for(layer, (9, 0)) if t.kernel == tile)
+    y = kernel_call(layer, choice)(x, torch.zeros(4 * C_b, device=device), *weights)
+    exact = F.conv2d(x.double(), weights[-1][-8:].double(), padding=6, dilation=6)
+    assert relative_error(y[:, -8:], exact.relu()) < 1e-3
+
+
 @pytest.mark.parametrize("tiles", [70, large(70_000)])
 def test_fault_03_convolutions_of_more_programs_than_65535(tiles: int, device: torch.device) -> None:
     x = torch.randn(1, 8, 1, 64 * tiles, dtype=torch.float16, device=device)
