@@ -30,7 +30,15 @@ from fastdeeplab.accelerate import AcceleratedModel, accelerate
 from fastdeeplab.atomic import replace_when_complete
 from fastdeeplab.explanation import names_of_calls
 from fastdeeplab.kernels.candidates import Layer, Tail
-from fastdeeplab.kernels.measure import Call, Measurement, measure, peak_memory, percentiles, wall_clock
+from fastdeeplab.kernels.measure import (
+    Call,
+    Measurement,
+    cudnn_benchmark,
+    measure,
+    peak_memory,
+    percentiles,
+    wall_clock,
+)
 from fastdeeplab.rivals import Network, Oracle, Predict, Rival, one_line, rivals_of, short_name, torchvision_obstacle
 
 if TYPE_CHECKING:
@@ -227,13 +235,14 @@ def _fastest_convolutions(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.conv.fp32_precision
-    cudnn.benchmark, cudnn.conv.fp32_precision = True, "tf32"
+    convolutions: Any = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "tf32"
     try:
-        yield
+        with cudnn_benchmark():
+            yield
     finally:
-        cudnn.benchmark, cudnn.conv.fp32_precision = before
+        convolutions.fp32_precision = before
 
 
 # The breakdown

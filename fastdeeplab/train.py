@@ -11,7 +11,7 @@ with the weights of one left alone; on a CPU bit by bit.
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import distributed
 
 from fastdeeplab.data import Augmented, SegmentationDataset
+from fastdeeplab.kernels.measure import cudnn_benchmark
 from fastdeeplab.training.display import TrainingDisplay, counting
 from fastdeeplab.training.interrupts import StopRequest, stop_on_signals
 from fastdeeplab.training.options import TrainingOptions, as_dict
@@ -80,7 +81,7 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Any = None
     with ExitStack() as stack:
         processes = stack.enter_context(join(options.device))
         stop = stack.enter_context(stop_on_signals(keep=processes.count > 1))
-        stack.enter_context(_fastest_convolutions())
+        stack.enter_context(cudnn_benchmark())
         state = None
         if resume:
             run.check_same(as_dict(options))
@@ -135,17 +136,6 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Any = None
             reason = _reason(error, min(trainer.step + 1, trainer.steps), alone=processes.count == 1)
             raise TrainingError(f"{reason}. {run.what_is_kept()}") from error
         return TrainingResult(run.path, trainer.step, trainer.steps, trainer.miou, trainer.best_miou)
-
-
-@contextmanager
-def _fastest_convolutions() -> Iterator[None]:
-    """Let cuDNN measure which of its algorithms is the fastest; whatever else is set for it stays."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _run(

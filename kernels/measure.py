@@ -13,7 +13,8 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,17 @@ def _device(inputs: Sequence[Any]) -> torch.device:
         if isinstance(value, Tensor):
             return value.device
     raise ValueError(f"inputs must hold a tensor, got {[type(value).__name__ for value in inputs]}")
+
+
+@contextmanager
+def cudnn_benchmark() -> Iterator[None]:
+    """Let cuDNN measure which of its algorithms is the fastest; whatever else is set for it stays."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def percentiles(times: Sequence[float]) -> tuple[float, float, float]:

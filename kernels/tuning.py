@@ -8,9 +8,9 @@ import importlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,7 +22,7 @@ from .candidates import DEFAULT_FORM, MIN_STEPS, Gpu, Layer, Strip, Tail, Tile, 
 from .checks import output_size
 from .choice import convolution_precision, why_not
 from .decisions import Measurement, versions
-from .measure import Call, largest_error, measure
+from .measure import Call, cudnn_benchmark, largest_error, measure
 
 Convolution = Callable[..., Tensor]  # of what random_inputs gives
 Timer = Callable[[Call], float]  # the milliseconds of a call
@@ -66,7 +66,7 @@ def tune(
 
         return time_each(layer, calls, inputs, error, limit, seconds=seconds, until=until, timer=timer)
 
-    with _cudnn_benchmark():
+    with cudnn_benchmark():
         return Times(
             timed({tile: kernel_call(layer, tile) for tile in tile_choices(layer, device)}),
             timed({form: library_call(layer, form) for form in library_forms(layer, device)}),
@@ -291,13 +291,3 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
 
 def _first_smallest(times: dict[Any, float]) -> Any:
     return min(times, key=lambda choice: times[choice])
-
-
-@contextmanager
-def _cudnn_benchmark() -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
