@@ -1,9 +1,10 @@
-"""Random scale, crop, flip and colours for training, from random numbers that belong to the sample alone. Needs kornia.
+"""Random scale, crop, flip and colours for training, from random numbers that belong to the sample alone.
 
 The numbers depend on the seed, the epoch and the index, so a sample is the same whatever the number of workers, and
 after a resume; PyTorch's and numpy's global random states are neither used nor changed.
 """
 
+import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Augmentation:
 
     Raises:
         ValueError: a value is not one of those above.
+        ImportError: colours are to change, and the package kornia is missing.
     """
 
     crop_size: int | Sequence[int] = 512
@@ -58,6 +60,12 @@ class Augmentation:
             _require(0 <= value <= limit, name, f"from 0 to {limit}", value)
         _require(len(self.mean) == 3, "mean", "three values", self.mean)
         _require(len(self.std) == 3 and min(self.std) > 0, "std", "three values above 0", self.std)
+        if self.changes_colors and importlib.util.find_spec("kornia") is None:
+            raise ImportError("Changing colours needs the package kornia: pip install 'fastdeeplab[training]'")
+
+    @property
+    def changes_colors(self) -> bool:
+        return any((self.brightness, self.contrast, self.saturation, self.hue))
 
     @property
     def window(self) -> tuple[int, int]:
@@ -104,13 +112,15 @@ class Augmentation:
         return image, target
 
     def _change_colors(self, image: Tensor, random: Generator) -> Tensor:
-        from kornia import enhance
-
         def factor(range_: float) -> float:
             return float(random.uniform(1 - range_, 1 + range_))
 
         brightness, contrast, saturation = map(factor, (self.brightness, self.contrast, self.saturation))
         turn = float(random.uniform(-self.hue, self.hue)) * 2 * torch.pi
+        if not self.changes_colors:
+            return image
+        from kornia import enhance
+
         if self.brightness:
             image = enhance.adjust_brightness_accumulative(image, brightness)
         if self.contrast:
