@@ -235,7 +235,8 @@ def _fastest_convolutions(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    convolutions: Any = torch.backends.cudnn.conv
+    cudnn: Any = torch.backends.cudnn
+    convolutions = cudnn.conv
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "tf32"
     try:

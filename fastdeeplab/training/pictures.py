@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastdeeplab.data import IGNORED, Augmentation, Augmented, SegmentationDataset, check_dataset, open_dataset
+from fastdeeplab.data import IGNORED, Augmentation, Augmented, Problem, SegmentationDataset, check_dataset, open_dataset
 from fastdeeplab.data.shapes import SIZE
 from fastdeeplab.training.options import TrainingOptions
 from fastdeeplab.training.processes import Processes
@@ -43,10 +43,15 @@ def check_pictures(
     Raises:
         ValueError: in every process, if some can't be used; each is named.
     """
-    problems, done = [], 0
+    problems: list[Problem] = []
+    done = 0
     for dataset in datasets:
         own = Share(dataset, range(processes.rank, len(dataset), processes.count))
-        problems += check_dataset(own, progress=lambda count, before=done: progress(before + count))
+
+        def count(read: int, before: int = done) -> None:
+            progress(before + read)
+
+        problems += check_dataset(own, progress=count)
         done += len(own)
     found = [str(problem) for part in processes.gather(problems) for problem in part]
     if found:
