@@ -129,10 +129,9 @@ class PackedWeights:
             layouts = self._of[conv] = _Layouts(conv.weight)
         # oneDNN plans for a number of threads. A weight in the layout of another plan is right, but may be very slow.
         key = (x.shape, torch.get_num_threads(), conv.padding, conv.stride, conv.dilation)
-        if key not in layouts.by_key:
+        packed = layouts.by_key.get(key, weight)  # other threads may forget it meanwhile
+        if packed is weight:
             layouts.expect(key)
-            return weight
-        packed = layouts.by_key[key]
         return layouts.pack(key, x, weight, geometry) if packed is None else packed
 
 
@@ -164,8 +163,8 @@ class _Layouts:
         if layout not in self.by_layout and len(self.by_layout) >= MOST_LAYOUTS:
             self.by_layout.clear()
             self.by_key.clear()
-        self.by_key[key] = self.by_layout.setdefault(layout, packed)
-        return self.by_layout[layout]
+        self.by_key[key] = packed = self.by_layout.setdefault(layout, packed)
+        return packed
 
 
 def _pair(values: Any) -> list[int]:

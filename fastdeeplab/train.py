@@ -24,7 +24,14 @@ from fastdeeplab.kernels.measure import cudnn_benchmark
 from fastdeeplab.training.display import TrainingDisplay, counting
 from fastdeeplab.training.interrupts import StopRequest, stop_on_signals
 from fastdeeplab.training.options import TrainingOptions, as_dict
-from fastdeeplab.training.pictures import Batch, augmentation_of, check_pictures, open_pictures, read_batches
+from fastdeeplab.training.pictures import (
+    Batch,
+    augmentation_of,
+    check_pictures,
+    fingerprint,
+    open_pictures,
+    read_batches,
+)
 from fastdeeplab.training.processes import join
 from fastdeeplab.training.run_folder import RunFolder
 from fastdeeplab.training.schedule import PictureOrder
@@ -100,10 +107,11 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Any = None
                     read(count * processes.count)
 
                 check_pictures(datasets, processes, progress)
-        if state is not None and state["pictures"] != len(pictures):
+        names = fingerprint(pictures)
+        if state is not None and state["pictures"] != names:
             raise ValueError(
-                f"{run.path} can't be resumed: it was trained on {state['pictures']} pictures, and here are "
-                f"{len(pictures)}. Start a new run, whose pretrained may be the last.safetensors of this one"
+                f"{run.path} can't be resumed: it was trained on other pictures than those that are here now. Start a "
+                "new run, whose pretrained may be the last.safetensors of this one"
             )
         order = PictureOrder(
             len(pictures), options.batch_size, options.accumulate, options.seed, processes.rank, processes.count
@@ -131,7 +139,7 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Any = None
         batches = read_batches(samples, order, steps, workers=options.workers, pin_memory=on_gpu)
         try:
             with display:
-                _run(trainer, run, batches, order, validation_pictures, display, stop, options.checkpoint_every)
+                _run(trainer, run, batches, order, names, validation_pictures, display, stop, options.checkpoint_every)
         except (RuntimeError, OSError, ValueError) as error:
             reason = _reason(error, min(trainer.step + 1, trainer.steps), alone=processes.count == 1)
             raise TrainingError(f"{reason}. {run.what_is_kept()}") from error
@@ -143,6 +151,7 @@ def _run(
     run: RunFolder,
     batches: Iterator[Batch],
     order: PictureOrder,
+    names: int,
     validation_pictures: SegmentationDataset,
     display: TrainingDisplay,
     stop: StopRequest,
@@ -171,7 +180,7 @@ def _run(
 
         stopped = processes.any(stop.requested)
         if end_of_epoch or stopped or (checkpoint_every and (step + 1) % checkpoint_every == 0):
-            state = trainer.state() | {"pictures": order.pictures}
+            state = trainer.state() | {"pictures": names}
             if processes.is_first:
                 run.save(state, trainer.model, trainer.facts(epoch))
             processes.wait()

@@ -136,14 +136,16 @@ def test_fault_13_1x1_on_any_map(
     check_conv(*shape, C_out, 1, 1, tile, dtype, device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", ""])
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", ""])
 @pytest.mark.parametrize("scaled", [True, False], ids=["scale", ""])
 @pytest.mark.parametrize("tile", [GEMM, BOXES], ids=lambda tile: tile.kernel)
-def test_epilogues_and_splits(tile: Tile, scaled: bool, residual: bool, relu: bool, device: torch.device) -> None:
+def test_epilogues_and_splits(
+    tile: Tile, scaled: bool, residual: bool, relu: bool, dtype: torch.dtype, device: torch.device
+) -> None:
     """Scratch lies between bands, and what no split wrote of it would be NaN."""
     kernel, dilation = (3, 2) if tile is BOXES else (1, 1)
-    dtype = torch.float32 if scaled == residual else torch.float16
     for splits in (1, 3):
         with banded_allocations() as buffers:
             check_conv(
@@ -190,21 +192,26 @@ def test_aspp_branches(rates: tuple[int, ...], splits: int, device: torch.device
     check_branches(rates, BOXES._replace(splits=splits), device)
 
 
-def check_branches(rates: tuple[int, ...], tile: Tile, device: torch.device) -> None:
+def check_branches(
+    rates: tuple[int, ...], tile: Tile, device: torch.device, dtype: torch.dtype = torch.float16
+) -> None:
     N, C, H, W, C_b = 2, 72, 5, 7, 24
-    x = normal(N, C, H, W, dtype=torch.float16, device=device)
-    weights = [normal(C_b, C, k, k, dtype=torch.float16, device=device) / C**0.5 for k in (1, *(3 for _ in rates))]
+    x = normal(N, C, H, W, dtype=dtype, device=device)
+    weights = [normal(C_b, C, k, k, dtype=dtype, device=device) / C**0.5 for k in (1, *(3 for _ in rates))]
     channels = len(weights) * C_b
     scale, shift = torch.rand(channels, device=device) + 0.5, normal(channels, device=device)
-    out = Output((N, channels, H, W), torch.float16, device)
-    aspp_branches(
-        placed(x, torch.nan)[0], [guarded(weight) for weight in weights], guarded(scale), guarded(shift), out.tensor,
-        rates=rates, tile=tile, precision="ieee",
-    )  # fmt: skip
+    out = Output((N, channels, H, W), dtype, device)
+    with banded_allocations() as buffers:
+        aspp_branches(
+            placed(x, torch.nan)[0], [guarded(weight) for weight in weights], guarded(scale), guarded(shift),
+            out.tensor, rates=rates, tile=tile, precision="ieee",
+        )  # fmt: skip
+    if tile.splits > 1:
+        assert_kept(buffers)
     for i, written in enumerate(out.written.split(C_b, dim=1)):
         own = slice(i * C_b, (i + 1) * C_b)
         rate = (1, *rates)[i]
-        assert_accurate(written, x, weights[i], scale[own], shift[own], None, rate, True, dtype=torch.float16)
+        assert_accurate(written, x, weights[i], scale[own], shift[own], None, rate, True, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -311,16 +318,16 @@ def test_fault_01_more_pixels_than_coordinates_can_count() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("tile", SHIPPED, ids=str)
 def test_every_tile(tile: Tile, dtype: torch.dtype, device: torch.device) -> None:
-    """With a residual. Boxes also without skipping, in splits and in ASPP's branches, GEMMs in its projection."""
+    """With a residual, and in splits. Boxes also without skipping, and in ASPP's branches, GEMMs in its projection."""
     tile = tile._replace(block_k=2 * tile.block_k // dtype.itemsize)
     kernel, dilation = (3, 2) if tile.kernel == "boxes_tma" else (1, 1)
-    choices = [tile._replace(skip=True), tile._replace(splits=2)] if kernel == 3 else [tile]
+    choices = [tile._replace(skip=kernel == 3), tile._replace(splits=2)]
     for choice in choices:
         check_conv(1, 72, 9, 11, 136, kernel, dilation, choice, dtype, device, residual=True)
     if kernel == 1:
         check_projection(tile, dtype, device)
-    elif dtype == torch.float16:
-        check_branches((2, 12), tile._replace(skip=True), device)
+    else:
+        check_branches((2, 12), tile._replace(skip=True), device, dtype)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

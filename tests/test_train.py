@@ -514,12 +514,15 @@ def test_resuming_with_another_number_of_processes(alone: Path) -> None:
         RunFolder(alone).load(processes=2)
 
 
-def test_resuming_with_other_pictures(tmp_path: Path, folders: dict[str, Any]) -> None:
+@pytest.mark.parametrize("new_name", [None, "another.png"], ids=["one less", "one renamed"])
+def test_resuming_with_other_pictures(tmp_path: Path, folders: dict[str, Any], new_name: str | None) -> None:
     chosen = of_folders(tmp_path / "run", folders)
     train(chosen)
-    for path in sorted(tmp_path.glob("[im]*s/*"))[:1] + sorted(tmp_path.glob("masks/*"))[:1]:
-        path.unlink()
-    with pytest.raises(ValueError, match=r"trained on 18 pictures, and here are 17\..*last\.safetensors"):
+    name = Path(open_dataset(**opened(folders)).name(0)).name
+    for folder in ("images", "masks"):
+        path = tmp_path / folder / name
+        path.rename(path.with_name(new_name)) if new_name else path.unlink()
+    with pytest.raises(ValueError, match=r"trained on other pictures .*last\.safetensors"):
         train(chosen, resume=True)
 
 

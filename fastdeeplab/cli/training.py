@@ -133,6 +133,7 @@ def evaluate(
     Pictures keep their own size. A class that neither the targets nor the masks have is left out of the mean.
     """
     from fastdeeplab.data import DATASETS, open_dataset
+    from fastdeeplab.data.pairs import has_splits
     from fastdeeplab.evaluate import evaluate as run_evaluation
     from fastdeeplab.evaluate import write_chart, write_json
 
@@ -157,7 +158,8 @@ def evaluate(
     depth, output_stride = (50, 8) if chosen == "torchvision" else (None, None)
     model = load_model(chosen, depth, output_stride, option="WEIGHTS")
     if split is None:
-        split = "all" if data == "folder" and not (images is not None and (images / "val").is_dir()) else "val"
+        divided = images is not None and masks is not None and has_splits(images, masks)
+        split = "all" if data == "folder" and not divided else "val"
     try:
         names: Any = OPTIONS["classes"].metadata["kind"].parse(classes) if classes else None
         if data == "folder" and names is None:

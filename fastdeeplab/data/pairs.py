@@ -119,7 +119,7 @@ def open_folders(
     names = [f"class {index}" for index in range(classes)] if isinstance(classes, int) else list(classes)
     for folder in (images, masks):
         _require_folder(folder)
-    if all((folder / part).is_dir() for folder in (images, masks) for part in SPLITS["all"]):
+    if has_splits(images, masks):
         pairs = [pair for part in SPLITS[split] for pair in _match(images / part, masks / part)]
     else:
         pairs = _match(images, masks)
@@ -129,6 +129,11 @@ def open_folders(
         if not pairs:
             raise ValueError(f"{images}: has one picture only, which is held out for validation")
     return PairedFiles(pairs[:limit], names)
+
+
+def has_splits(images: Path, masks: Path) -> bool:
+    """Whether both folders have the subfolders ``train`` and ``val``."""
+    return all((folder / part).is_dir() for folder in (images, masks) for part in SPLITS["all"])
 
 
 def _match(images: Path, masks: Path) -> list[Pair]:
@@ -214,10 +219,9 @@ def _paired(
 ) -> PairedFiles:
     if not pairs:
         raise ValueError(f"{base}: has no pictures of this split")
-    missing = [path for pair in pairs for path in pair if not path.is_file()]
+    missing = [f"{path}: there is no such file" for pair in pairs for path in pair if not path.is_file()]
     if missing:
-        more = f", and {len(missing) - 1} more are missing" if len(missing) > 1 else ""
-        raise ValueError(f"{missing[0]}: there is no such file{more}")
+        raise ValueError("\n".join(missing))
     return PairedFiles(pairs[:limit], classes, values)
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -30,6 +31,13 @@ def open_pictures(options: TrainingOptions) -> tuple[SegmentationDataset, Segmen
         open_dataset(options.data, split, seed=options.seed, limit=limit, **where) for split, limit in limits.items()
     ]
     return opened[0], opened[1]
+
+
+def fingerprint(pictures: SegmentationDataset) -> int:
+    """Of the pictures' names in their order: another one where a picture was added, removed or renamed."""
+    return zlib.crc32(
+        "\n".join(pictures.name(index) for index in range(len(pictures))).encode(errors="surrogateescape")
+    )
 
 
 def check_pictures(
