@@ -1,7 +1,7 @@
 """The demonstration: pictures segmented and laid over, with the classes found and the seconds per stage.
 
-Scenes of shapes by the weights that come with the package, or photographs by torchvision's published weights. Needs the
-extra ``fastdeeplab[demo]``.
+Scenes of shapes by the weights that come with the package, or photographs by torchvision's published weights, which
+need the extra ``fastdeeplab[demo]``.
 """
 
 import importlib.util

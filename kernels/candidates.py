@@ -161,12 +161,6 @@ class Layer:
         return tile.block_m * sum(count * taps for count, taps in self.runs(tile))
 
 
-def executed_share(tile: Tile, N: int, H: int, W: int, dilation: int) -> float:
-    """What a 3x3 convolution that keeps the map's size executes of its 9 N H W pairs of a pixel and a tap."""
-    layer = Layer.of("conv_bn_relu", (N, 1, H, W), (1, 1, 3, 3), torch.float16, padding=dilation, dilations=(dilation,))
-    return layer.executed(tile) / (9 * N * H * W)
-
-
 def architecture(capability: tuple[int, int]) -> int:
     """The one that tiles are listed for which a GPU's compute capability is, or follows: 8.7 is 86, 10.3 is 100."""
     number = 10 * capability[0] + capability[1]

@@ -9,7 +9,7 @@ import torch
 from fastdeeplab.kernels import candidates
 from fastdeeplab.kernels.candidates import Gpu, Layer, Tile, forms_for, predict_tile, tiles_for
 from fastdeeplab.kernels.cuts import live_share
-from layers import DENSE, EXPAND, H200, aspp, conv
+from layers import DENSE, EXPAND, H200, aspp, conv, executed_share
 
 GPUS = [
     H200,
@@ -47,7 +47,7 @@ def test_aspp_executes_little_more_than_what_is_live(gpu: Gpu, dtype: torch.dtyp
             share = layer.executed(tile) / (28 * N * size[0] * size[1])
             line += f"  {share:.3f} ({tile.block_m}x{tile.block_n}, {tile.splits} splits; by rate"
             for rate in rates:
-                exact, executed = live_share(*size, 3, rate), candidates.executed_share(tile, N, *size, rate)
+                exact, executed = live_share(*size, 3, rate), executed_share(tile, N, *size, rate)
                 line += f" {executed:.3f} of {exact:.3f}"
             line += ")"
             assert layer.live_share <= share <= layer.live_share + slack

@@ -7,10 +7,9 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from fastdeeplab.kernels import candidates
 from fastdeeplab.kernels.candidates import Tile
 from fastdeeplab.kernels.cuts import choose_box, live_share, rectangles, taps_along
-from layers import aspp, conv
+from layers import aspp, conv, executed_share
 
 SIZES = [(1, 1, 1), (5, 7, 1), (9, 4, 2), (6, 6, 3), (7, 8, 4), (5, 11, 6), (4, 4, 9), (65, 65, 36), (33, 20, 18)]
 
@@ -45,9 +44,9 @@ def test_rectangles_are_the_pixels_with_the_same_live_taps(H: int, W: int, dilat
     for N, block_m in product((1, 3), (32, 128)):
         tile = Tile("pointer", block_m, 64, 64, 4, 3, skip=True)
         executed = sum(math.ceil(N * pixels / block_m) * block_m * sum(taps) for taps, pixels in sets.items())
-        assert math.isclose(candidates.executed_share(tile, N, H, W, dilation), executed / (9 * N * H * W))
+        assert math.isclose(executed_share(tile, N, H, W, dilation), executed / (9 * N * H * W))
         whole = math.ceil(N * H * W / block_m) * block_m / (N * H * W)
-        assert math.isclose(candidates.executed_share(tile._replace(skip=False), N, H, W, dilation), whole)
+        assert math.isclose(executed_share(tile._replace(skip=False), N, H, W, dilation), whole)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])

@@ -61,7 +61,7 @@ def _abilities() -> Iterator[tuple[str, str]]:
         file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
         where = f"in {file}" if file.is_file() else "to be downloaded on first use"
         yield f"published weights, ResNet-{depth}", where
-    for name, package in (("safetensors weights", "safetensors"), ("demo", "scikit-image")):
+    for name, package in (("safetensors weights", "safetensors"), ("photographs of the demo", "scikit-image")):
         extra = "weights" if package == "safetensors" else "demo"
         yield name, "yes" if _version(package) else f"no: pip install 'fastdeeplab[{extra}]'"
 

@@ -82,7 +82,7 @@ def bench(
     batch_size: BatchSize = 1,
     dtype: DType = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Under two minutes: a size and batch for that, few repeats.")
+        bool, typer.Option("--quick", help="A size, a batch and repeats that are made to take under two minutes.")
     ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Also show what each layer takes.")] = False,
     csv: Annotated[
