@@ -32,7 +32,7 @@ from fastdeeplab.training.pictures import (
     open_pictures,
     read_batches,
 )
-from fastdeeplab.training.processes import join
+from fastdeeplab.training.processes import Processes, join
 from fastdeeplab.training.run_folder import RunFolder
 from fastdeeplab.training.schedule import PictureOrder
 from fastdeeplab.training.trainer import Trainer, TrainingError
@@ -89,61 +89,67 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Any = None
         processes = stack.enter_context(join(options.device))
         stop = stack.enter_context(stop_on_signals(keep=processes.count > 1))
         stack.enter_context(cudnn_benchmark())
-        state = None
-        if resume:
-            run.check_same(as_dict(options))
-            state = run.load(processes.count)
-        else:
-            run.check_new()
+        return _train(options, run, processes, stop, resume, console)
 
-        augmentation = augmentation_of(options)
-        pictures, validation_pictures = datasets = open_pictures(options)
-        if options.check_data and options.data != "shapes" and not resume:
-            with counting(console if processes.is_first else None, "reading the pictures", datasets) as read:
 
-                def progress(count: int) -> None:
-                    if stop.requested:
-                        raise KeyboardInterrupt
-                    read(count * processes.count)
+def _train(
+    options: TrainingOptions, run: RunFolder, processes: Processes, stop: StopRequest, resume: bool, console: Any
+) -> TrainingResult:
+    state = None
+    if resume:
+        run.check_same(as_dict(options))
+        state = run.load(processes.count)
+    else:
+        run.check_new()
 
-                check_pictures(datasets, processes, progress)
-        names = fingerprint(pictures)
-        if state is not None and state["pictures"] != names:
-            raise ValueError(
-                f"{run.path} can't be resumed: it was trained on other pictures than those that are here now. Start a "
-                "new run, whose pretrained may be the last.safetensors of this one"
-            )
-        order = PictureOrder(
-            len(pictures), options.batch_size, options.accumulate, options.seed, processes.rank, processes.count
+    augmentation = augmentation_of(options)
+    pictures, validation_pictures = datasets = open_pictures(options)
+    if options.check_data and options.data != "shapes" and not resume:
+        with counting(console if processes.is_first else None, "reading the pictures", datasets) as read:
+
+            def progress(count: int) -> None:
+                if stop.requested:
+                    raise KeyboardInterrupt
+                read(count * processes.count)
+
+            check_pictures(datasets, processes, progress)
+    names = fingerprint(pictures)
+    if state is not None and state["pictures"] != names:
+        raise ValueError(
+            f"{run.path} can't be resumed: it was trained on other pictures than those that are here now. Start a "
+            "new run, whose pretrained may be the last.safetensors of this one"
         )
-        trainer = Trainer(options, pictures.classes, processes, steps=options.epochs * order.steps_per_epoch)
-        if state is not None:
-            trainer.load_state(state)
-        if stop.requested:
-            raise KeyboardInterrupt
-        display = TrainingDisplay(
-            run,
-            steps=trainer.steps,
-            start=trainer.step,
-            resumed=resume,
-            shown=processes.is_first,
-            tensorboard=options.tensorboard and trainer.step < trainer.steps,
-            console=console,
-        )
-        if processes.is_first and not resume:
-            run.create(options)
-        if state is not None:
-            display.print(f"going on after step {trainer.step} of {trainer.steps}")
-        steps, on_gpu = range(trainer.step, trainer.steps), processes.device.type == "cuda"
-        samples = Augmented(pictures, augmentation, options.seed)
-        batches = read_batches(samples, order, steps, workers=options.workers, pin_memory=on_gpu)
-        try:
-            with display:
-                _run(trainer, run, batches, order, names, validation_pictures, display, stop, options.checkpoint_every)
-        except (RuntimeError, OSError, ValueError) as error:
-            reason = _reason(error, min(trainer.step + 1, trainer.steps), alone=processes.count == 1)
-            raise TrainingError(f"{reason}. {run.what_is_kept()}") from error
-        return TrainingResult(run.path, trainer.step, trainer.steps, trainer.miou, trainer.best_miou)
+    order = PictureOrder(
+        len(pictures), options.batch_size, options.accumulate, options.seed, processes.rank, processes.count
+    )
+    trainer = Trainer(options, pictures.classes, processes, steps=options.epochs * order.steps_per_epoch)
+    if state is not None:
+        trainer.load_state(state)
+    if stop.requested:
+        raise KeyboardInterrupt
+    display = TrainingDisplay(
+        run,
+        steps=trainer.steps,
+        start=trainer.step,
+        resumed=resume,
+        shown=processes.is_first,
+        tensorboard=options.tensorboard and trainer.step < trainer.steps,
+        console=console,
+    )
+    if processes.is_first and not resume:
+        run.create(options)
+    if state is not None:
+        display.print(f"going on after step {trainer.step} of {trainer.steps}")
+    steps, on_gpu = range(trainer.step, trainer.steps), processes.device.type == "cuda"
+    samples = Augmented(pictures, augmentation, options.seed)
+    batches = read_batches(samples, order, steps, workers=options.workers, pin_memory=on_gpu)
+    try:
+        with display:
+            _run(trainer, run, batches, order, names, validation_pictures, display, stop, options.checkpoint_every)
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = _reason(error, min(trainer.step + 1, trainer.steps), alone=processes.count == 1)
+        raise TrainingError(f"{reason}. {run.what_is_kept()}") from error
+    return TrainingResult(run.path, trainer.step, trainer.steps, trainer.miou, trainer.best_miou)
 
 
 def _run(

@@ -1,5 +1,7 @@
 """Several processes that train one model: the gradients of the whole batch in each, and a run under torchrun."""
 
+import gc
+import importlib
 import os
 import signal
 import subprocess
@@ -23,7 +25,13 @@ WEIGHTED: dict[str, Any] = {"class_weights": (1.0, 2.0, 0.5, 1.0, 0.0, 3.0), "la
 
 
 def start(rank: int, count: int, folder: Path, backend: str) -> None:
+    importlib.import_module("torch.distributed.nn.functional")  # see fastdeeplab.training.processes.join
     distributed.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=count)
+
+
+def end() -> None:
+    gc.collect()
+    distributed.destroy_process_group()
 
 
 def share_of(processes: Processes, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -59,7 +67,7 @@ def _ask_the_others(rank: int, folder: Path) -> None:
         processes.copy_from_first([values])
         assert not values.any()
     assert distributed.is_initialized(), "who joined before stays"
-    distributed.destroy_process_group()
+    end()
 
 
 def test_what_processes_tell_each_other(tmp_path: Path) -> None:
@@ -76,7 +84,8 @@ def _gradients_of_a_share(rank: int, folder: Path) -> None:
             one = gradients(trainer, [(images, targets)])
             accumulated = gradients(trainer, list(zip(images.split(1), targets.split(1), strict=True)))
             torch.save([one, accumulated], folder / f"{name}{rank}.pt")
-    distributed.destroy_process_group()
+            del trainer
+    end()
 
 
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path: Path) -> None:
@@ -132,6 +141,24 @@ def arguments_of(out: Path, **changed: object) -> list[str]:
         else:
             found += [f"--{option}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return found
+
+
+THREADS = """
+import atexit, os
+from fastdeeplab import cli
+names = lambda: [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]
+atexit.register(lambda: print("left at the end:", *[name for name in names() if "gloo" in name]))
+cli.main()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists threads as Linux does")
+def test_no_thread_of_the_processes_group_is_left_when_python_ends(tmp_path: Path) -> None:
+    """One that then frees a tensor would abort a run that has succeeded."""
+    (tmp_path / "threads.py").write_text(THREADS)
+    ended = torchrun("train", *arguments_of(tmp_path / "run", epochs=1), code=str(tmp_path / "threads.py"))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("left at the end:\n") == 2, ended.stdout
 
 
 def test_torchrun_trains_what_one_process_trains_with_the_whole_batch(tmp_path: Path) -> None:
@@ -228,7 +255,8 @@ def _synchronised_gradients(rank: int, count: int, folder: Path) -> None:
         found = gradients(trainer, [share_of(processes, batch_of(4, ignored=2))])
         buffers = {name: value.cpu() for name, value in trainer.model.named_buffers()}
         torch.save([found, buffers], folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+        del trainer
+    end()
 
 
 @pytest.mark.gpu

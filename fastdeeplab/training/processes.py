@@ -1,5 +1,7 @@
 """The processes of a training run: those that torchrun started, or one alone."""
 
+import gc
+import importlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -56,7 +58,8 @@ class Processes:
 def join(device: str | None = None) -> Iterator[Processes]:
     """Join the processes that torchrun started, on a GPU each if there are any, or be the only one.
 
-    Processes that are joined already stay so at the end.
+    Processes that are joined already stay so at the end. What holds the process group (DistributedDataParallel does)
+    must be out of reach by then.
 
     Raises:
         ValueError: the device can't be used.
@@ -74,7 +77,11 @@ def join(device: str | None = None) -> Iterator[Processes]:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if not joined:
+        # DistributedDataParallel imports it, and its functions keep the group there is at that time for ever.
+        importlib.import_module("torch.distributed.nn.functional")
         distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
     yield Processes(distributed.get_rank(), distributed.get_world_size(), place)
     if not joined:  # not after an error, whose message comes first: it would wait for processes that may be gone
+        # gloo's threads end with the last that holds the group. One that frees a tensor while Python ends, aborts.
+        gc.collect()
         distributed.destroy_process_group()
