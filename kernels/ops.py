@@ -18,7 +18,7 @@ from torch import Tensor
 from . import library
 from .candidates import DEFAULT_FORM, Layer, Tail, Tile
 from .checks import output_shape, pixel_pitch
-from .choice import convolution_precision, interpreting, why_not
+from .choice import convolution_precision, interpreting, kernels_are_off, why_not
 from .decisions import Decision, TailDecision, decide, decide_tail, record
 
 _library = torch.library.Library("fastdeeplab", "DEF")
@@ -133,14 +133,18 @@ torch.library.register_autograd("fastdeeplab::upsample_cross_entropy_backward", 
 # The fused convolutions. "auto" is decided when an operator runs, by the shapes it then gets; none has gradients.
 
 
-def _decide(layer: Layer, impl: str, x: Tensor) -> Decision:
-    obstacle = why_not(x.device, x.dtype) or (None if x.is_cuda else "the interpreter is for tests")
+def _decide(layer: Layer, impl: str, x: Tensor, scale: Tensor | None) -> Decision:
+    off = "FASTDEEPLAB_KERNELS=torch" if kernels_are_off() else None
+    obstacle = off or why_not(x.device, x.dtype) or (None if x.is_cuda else "the interpreter is for tests")
     if obstacle and not _runs_triton(impl, x):  # nor do a GPU's measurements of the library count here
         decision = Decision("torch", None, DEFAULT_FORM, obstacle)
     else:
         decision = decide(layer, impl if obstacle is None or impl == "triton" else "torch", x.device)
     if decision.impl == "nothing":
         raise RuntimeError(f"{layer.function} can't run as a Triton kernel here: {decision.why}")
+    if decision.impl == "torch" and obstacle is None and scale is not None and x.dtype == torch.float16:
+        # Which was measured without a scale; one that fp16 weights may not take costs the other forms another pass.
+        decision = decision._replace(form="conv_fused_pointwise")
     record(layer, decision)
     return decision
 
@@ -203,7 +207,7 @@ def _convolve(
         residual=residual is not None, relu=relu, aligned=_aligned(x, weight, residual, target),
         precision=_precision(x),
     )  # fmt: skip
-    decision = _decide(layer, impl, x)
+    decision = _decide(layer, impl, x, scale)
     if decision.impl == "torch":
         y = library.FORMS[decision.form](x, weight, scale, shift, residual, stride, padding, dilation, relu)
         return _channels_last(y) if out is None else out.copy_(y)
@@ -257,7 +261,7 @@ def _aspp_branches(
         "aspp_branches", x.shape, weights[-1].shape, x.dtype, dilations=tuple(rates), aligned=_aligned(x, *weights),
         precision=_precision(x),
     )  # fmt: skip
-    decision = _decide(layer, impl, x)
+    decision = _decide(layer, impl, x, scale)
     if decision.impl == "torch":
         convolve = library.FORMS[decision.form]
         return _channels_last(library.concatenated_branches(convolve, x, weights, scale, shift, rates))
@@ -292,7 +296,7 @@ def _aspp_projection(
         "aspp_projection", branches.shape, own_shape, branches.dtype, aligned=_aligned(branches),
         precision=_precision(branches),
     )  # fmt: skip
-    decision = _decide(layer, impl, branches)
+    decision = _decide(layer, impl, branches, scale)
     if decision.impl == "torch":
         convolve = library.FORMS[decision.form]
         return _channels_last(library.projection_of_branches(convolve, branches, pooled, weight, scale, shift))

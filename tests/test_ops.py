@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fastdeeplab.kernels import candidates, ops, reference
+from fastdeeplab.kernels import candidates, decisions, ops, reference
 from fastdeeplab.kernels.measure import relative_error
 from layouts import LAYOUTS
 from torch import Tensor
@@ -459,11 +460,61 @@ def test_auto_is_decided_when_the_operator_runs(monkeypatch: pytest.MonkeyPatch)
         candidates.Layer.of("conv_bn_relu", (8, 256, 65, 65), (1024, 256, 1, 1), torch.float16, residual=residual)
         for residual in (True, False)
     ]
-    assert [ops._decide(layer, "auto", tensor).impl for layer in layers] == ["triton", "torch"]
+    assert [ops._decide(layer, "auto", tensor, None).impl for layer in layers] == ["triton", "torch"]
     obstacles.append("an old GPU")
-    assert [ops._decide(layer, "auto", tensor).impl for layer in layers] == ["torch", "torch"]
-    on_cpu = ops._decide(layers[0], "auto", torch.empty(1))
+    assert [ops._decide(layer, "auto", tensor, None).impl for layer in layers] == ["torch", "torch"]
+    on_cpu = ops._decide(layers[0], "auto", torch.empty(1), None)
     assert on_cpu.impl == "torch"
+
+
+def test_a_scale_in_fp16_is_left_to_the_pass_after_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that pass, a Triton kernel, can run."""
+    monkeypatch.setattr(candidates.Gpu, "of", lambda device: candidates.Gpu("Some GPU", (9, 0), 132))
+    obstacles: list[str | None] = [None]
+    monkeypatch.setattr(ops, "why_not", lambda device, dtype: obstacles[-1])
+
+    def form(dtype: torch.dtype, scale: Tensor | None) -> str:
+        tensor: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 7), dtype=dtype)
+        layer = candidates.Layer.of("conv_bn_relu", (8, 256, 65, 65), (64, 256, 1, 1), dtype)
+        decision = ops._decide(layer, "auto", tensor, scale)
+        assert decision.impl == "torch"
+        return decision.form
+
+    scale = torch.ones(64)
+    assert form(torch.float16, scale) == "conv_fused_pointwise"
+    for other in ((torch.float16, None), (torch.bfloat16, scale), (torch.float32, scale)):
+        assert form(*other) == candidates.DEFAULT_FORM
+    obstacles.append("no C compiler")
+    assert form(torch.float16, scale) == candidates.DEFAULT_FORM
+    obstacles.append(None)
+    monkeypatch.setenv("FASTDEEPLAB_KERNELS", "torch")
+    assert form(torch.float16, scale) == candidates.DEFAULT_FORM
+
+
+def test_no_form_with_a_kernel_runs_while_kernels_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast it was measured to be."""
+    monkeypatch.setattr(ops, "why_not", lambda device, dtype: None)
+    monkeypatch.setenv("FASTDEEPLAB_KERNELS", "torch")
+    monkeypatch.setattr(ops, "decide", lambda *_: pytest.fail("asked for a measurement"))
+    tensor: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 7), dtype=torch.float16)
+    layer = candidates.Layer.of("conv_bn_relu", (8, 256, 65, 65), (64, 256, 1, 1), torch.float16)
+    for impl in ("auto", "torch"):
+        assert ops._decide(layer, impl, tensor, None) == ("torch", None, candidates.DEFAULT_FORM, ANY)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FUSED)
+def test_on_a_gpu_a_scale_in_fp16_takes_one_pass(name: str, device: torch.device) -> None:
+    """The kernel's result, but for the rounding of the convolution's own."""
+
+    def half(value: Tensor) -> Tensor:
+        return value.half() if value.ndim == 4 else value
+
+    arguments = torch.utils._pytree.tree_map_only(Tensor, half, FUSED[name](device))
+    with decisions.recording() as recorded:
+        actual = call(name, arguments, "torch")
+    assert [decision.form for _, decision in recorded] == ["conv_fused_pointwise"]
+    torch.testing.assert_close(actual, call(name, arguments, "triton"), rtol=5e-3, atol=5e-3)
 
 
 def test_launchers_by_kernel() -> None:
