@@ -198,6 +198,12 @@ def _run(
 def _reason(error: Exception, step: int, alone: bool) -> str:
     """Why a run had to end at a step, in a sentence without its full stop."""
     first_line = str(error).partition("\n")[0].rstrip(". ")
+    of_reader = first_line.find("DataLoader worker")  # raised wherever its end is noticed, amid writing a file too
+    if of_reader >= 0:
+        return (
+            f"A process that reads pictures ended at step {step}: {first_line[of_reader:]}. It may have been short of "
+            "memory"
+        )
     if isinstance(error, torch.OutOfMemoryError):
         return f"Out of memory at step {step}: a smaller batch_size with accumulate trains the same ({first_line})"
     if isinstance(error, OSError):
@@ -206,8 +212,6 @@ def _reason(error: Exception, step: int, alone: bool) -> str:
         return (
             f"{first_line} at step {step}: try a smaller lr, warmup_steps, or another amp; check_data finds bad masks"
         )
-    if "DataLoader worker" in first_line:
-        return f"A process that reads pictures ended at step {step}: {first_line}. It may have been short of memory"
     lost = isinstance(error, distributed.DistError) if distributed.is_available() else False
     if not alone and (lost or "gloo" in first_line or "NCCL" in first_line):
         return f"Another process of the run ended at step {step}, and may have said why"

@@ -614,6 +614,17 @@ def test_a_killed_data_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert train(chosen, resume=True).finished
 
 
+def test_a_data_worker_whose_end_is_noticed_amid_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch raises it in whatever the process does when the signal comes."""
+
+    def noticed(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(torch, "save", noticed)
+    with pytest.raises(TrainingError, match=r"reads pictures ended at step \d: DataLoader worker \(pid 5\) is killed"):
+        train(options(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("file", ["last.safetensors", "last.pt"])
 def test_fault_21_a_full_disk(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     """At the first of a checkpoint's files, and at the second, when the first is new already."""
