@@ -95,9 +95,10 @@ def why_not_kernel_size(size: Sequence[int]) -> str | None:
 def convolution_precision(device: torch.device) -> str:
     """How fp32 convolutions multiply: ``"tf32"`` or ``"ieee"``, as PyTorch's own do.
 
-    ``torch.backends.cudnn.conv.fp32_precision`` says so whether the setting was made there, for all of cuDNN, for all
-    of PyTorch or by the legacy ``allow_tf32``; reading that raises once the newer settings were used. PyTorch's
-    convolutions use TF32 where it is ``"tf32"`` alone: ``"none"``, nothing set anywhere, is IEEE arithmetic.
+    ``torch.backends.cudnn.conv.fp32_precision`` says so whether the setting was made there, by the legacy
+    ``allow_tf32`` (reading that raises once the newer settings were used) or, where PyTorch's version lets these reach
+    the convolutions, for all of cuDNN or of PyTorch. Those use TF32 where it is ``"tf32"`` alone: ``"none"``, nothing
+    set anywhere, is IEEE arithmetic.
     """
     tf32 = device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 else "ieee"

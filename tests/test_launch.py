@@ -2,6 +2,7 @@
 
 import os
 import threading
+import traceback
 from collections.abc import Callable
 
 import pytest
@@ -96,6 +97,8 @@ def test_fault_08_fork_after_import(function: Function) -> None:
         try:
             torch.set_num_threads(1)
             status = 0 if equal(function(logits, target), expected) else 2
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -27,7 +27,8 @@ def info() -> None:
 def _versions() -> Iterator[tuple[str, str]]:
     yield "fastdeeplab", fastdeeplab.__version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    for package in ("torch", "triton", "numpy", "pillow", "safetensors", "scikit-image", "torchvision"):
+    yield "torch", torch.__version__
+    for package in ("triton", "numpy", "pillow", "safetensors", "scikit-image", "torchvision"):
         yield package, _version(package) or "not installed"
 
 
