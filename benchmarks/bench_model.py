@@ -4,8 +4,8 @@ From the repository's root. It runs ``fastdeeplab.bench``, appends a CSV row per
 prints a table with each rival's share of the floor, and the ratios that are aimed at. ``--all`` goes through the
 networks of these aims, ``--profile`` adds how long each operation of the accelerated model takes, beside its floor.
 
-The floor is that of ``fastdeeplab.roofline`` in 16 bits with what the kernels fuse and skip, the same for every rival.
-A rival that fails, for lack of memory too, is named with the reason, and the rest go on.
+The floor is that of ``fastdeeplab.speed.roofline`` in 16 bits with what the kernels fuse and skip, the same for every
+rival. A rival that fails, for lack of memory too, is named with the reason, and the rest go on.
 """
 
 import argparse
@@ -29,18 +29,10 @@ from fastdeeplab.kernels.candidates import Layer
 from harness import Results, Row, default_path, device_name, make_row
 
 import fastdeeplab as fdl
-from fastdeeplab.bench import (
-    Part,
-    Result,
-    bench,
-    best_rival,
-    floor_milliseconds,
-    layers_of,
-    parts_and_shares,
-    summary,
-    time_operations,
-)
-from fastdeeplab.rivals import Network, Rival, one_line, rivals_of
+from fastdeeplab.bench import bench
+from fastdeeplab.speed.breakdown import Part, parts_and_shares, time_operations
+from fastdeeplab.speed.results import Result, best_rival, floor_milliseconds, layers_of, summary
+from fastdeeplab.speed.rivals import Network, Rival, one_line, rivals_of
 
 Names = tuple[str, ...]
 

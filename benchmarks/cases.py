@@ -25,7 +25,7 @@ from fastdeeplab.kernels.tuning import (
 from torch import Tensor
 
 from fastdeeplab.fusion import CLASSES_MULTIPLE
-from fastdeeplab.rivals import short_name
+from fastdeeplab.speed.rivals import short_name
 
 Record = Callable[..., None]  # the fixture of conftest.py
 

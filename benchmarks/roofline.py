@@ -1,11 +1,11 @@
 """The floors of the benchmarked shapes and networks on every known GPU: ``python benchmarks/roofline.py`` prints them.
 
-What a floor is stands in ``fastdeeplab.roofline``, whose names are this module's, too.
+What a floor is stands in ``fastdeeplab.speed.roofline``, whose names are this module's, too.
 """
 
 from collections.abc import Sequence
 
-from fastdeeplab.roofline import (
+from fastdeeplab.speed.roofline import (
     BRANCHES,
     GPU,
     GPUS,

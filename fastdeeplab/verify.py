@@ -33,7 +33,7 @@ from fastdeeplab.kernels.tuning import (
     tolerance,
 )
 from fastdeeplab.model import ResNetModel, upsample_logits
-from fastdeeplab.rivals import layer_by_layer, short_name
+from fastdeeplab.speed.rivals import layer_by_layer, short_name
 
 if TYPE_CHECKING:
     from rich.console import Console

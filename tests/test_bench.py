@@ -10,85 +10,20 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import matplotlib
 import pytest
 import torch
-from fastdeeplab.kernels import library
-from fastdeeplab.kernels.measure import Measurement, WrongResultError
-from networks import small_model
-from PIL import Image
 from rich.console import Console
+from small_rivals import CPU, GPU, NETWORK, Small, changed, failing, live, result
 from torch import Tensor
 
 import fastdeeplab as fdl
 from fastdeeplab import bench as bench_module
-from fastdeeplab import rivals as rivals_module
-from fastdeeplab.bench import Result, bench, best_rival, quick_network, run_bench, summary, time_operations
-from fastdeeplab.rivals import Network, Oracle, Rival, rivals_of, torchvision_network
-
-CPU = torch.device("cpu")
-GPU = torch.device("cuda")
-
-
-class Small(Network):
-    def structure(self) -> fdl.ResNetModel:
-        return small_model(num_classes=self.num_classes, output_stride=self.output_stride, aux_head=False)
-
-
-NETWORK = Small(num_classes=5, size=(33, 33), batch=2, dtype=torch.float32)
-
-
-def live(name: str = "live", **options: object) -> Rival:
-    return Rival(name, torch.float32, lambda model, _: model.predict, **options)
-
-
-def changed(name: str, change: Callable[[Tensor], Tensor]) -> Rival:
-    """A rival whose mask is not the model's."""
-
-    def build(model: fdl.ResNetModel, _: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda images: change(model.predict(images))
-
-    return Rival(name, torch.float32, build)
-
-
-def failing(name: str, error: BaseException) -> Rival:
-    def build(model: fdl.ResNetModel, images: Tensor) -> Callable[[Tensor], Tensor]:
-        raise error
-
-    return Rival(name, torch.float32, build)
-
-
-def result(name: str, milliseconds: float, ours: bool = False, **options: object) -> Result:
-    found = Measurement(milliseconds, milliseconds, milliseconds, 10, 2_000_000, 0.0)
-    return Result(NETWORK, live(name, ours=ours, **options), found)
-
-
-def test_the_same_random_network_each_time_with_every_class_in_its_mask() -> None:
-    one, other = (NETWORK.build(CPU).state_dict() for _ in range(2))
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-    assert torch.equal(NETWORK.images(CPU), NETWORK.images(CPU))
-    mask = NETWORK.build(CPU).predict(NETWORK.images(CPU))
-    assert mask.flatten().bincount(minlength=5).min() > 0.02 * mask.numel()
-    assert torch.initial_seed() == 0  # the caller's random numbers go on as they were
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("depth", 34, "depth must be 50, 101 or 152, got 34"),
-        ("output_stride", 32, "output_stride must be 8 or 16"),
-        ("num_classes", 1, "num_classes must be at least 2"),
-        ("size", (0, 5), "size must be two positive numbers"),
-        ("batch", 0, "batch must be at least 1"),
-        ("dtype", torch.float64, "dtype must be float32, float16 or bfloat16"),
-    ],
-)
-def test_a_network_that_is_none(field: str, value: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Network(**{field: value})
+from fastdeeplab.bench import bench, quick_network, run_bench
+from fastdeeplab.speed import rivals as rivals_module
+from fastdeeplab.speed.breakdown import time_operations
+from fastdeeplab.speed.results import COLUMNS, Result
+from fastdeeplab.speed.rivals import Network, Oracle, Rival, rivals_of
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.inf, math.nan])
@@ -153,29 +88,6 @@ def test_a_wrong_mask_is_not_timed(
     assert not timed
 
 
-def test_many_near_ties_that_differ_are_not_timed() -> None:
-    """Within the rounding at each pixel, but at far more of them than rounding would change."""
-    model, images = NETWORK.build(CPU), NETWORK.images(CPU)
-    oracle = Oracle(model, images)
-    oracle.logits.fill_(-1e-6)[:, 0] = 0
-    oracle.limits[torch.float32] = (1e-5, 0.5)
-    near = torch.full((2, 33, 33), 4)
-    assert oracle.compare(near) == pytest.approx((1e-6, 1))
-    with pytest.raises(WrongResultError, match=r"100.00% of its pixels differ from fp64, at most 50.00% is rounding"):
-        oracle.check(near, torch.float32)
-
-
-def test_a_dtype_that_spoils_the_network_is_no_measure_of_right() -> None:
-    """In fp16 it overflows: every mask would be right."""
-    model, images = NETWORK.build(CPU), NETWORK.images(CPU)
-    model.backbone.conv1.weight.mul_(1e6)
-    (logits,) = (rivals_module.layer_by_layer(model.half(), images[:1].half()),)
-    assert not logits.isfinite().all()
-    oracle = Oracle(model.float(), images)
-    with pytest.raises(ValueError, match="float16 rounds this network too much"):
-        oracle.check(torch.zeros(2, 33, 33, dtype=torch.int64), torch.float16)
-
-
 def test_a_rival_that_fails_leaves_the_others_alone() -> None:
     rivals = [failing("one", torch.OutOfMemoryError("CUDA out of memory.\nTried to")), live()]
     found = list(bench(NETWORK, CPU, rivals=rivals, seconds=0.01))
@@ -228,33 +140,13 @@ def test_without_memory_for_tuning_the_rivals_are_measured_all_the_same(monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(fdl.AcceleratedModel, "tune", tune)
-    monkeypatch.setattr(bench_module, "_on", lambda _: nullcontext())
+    monkeypatch.setattr(bench_module, "measuring_on", lambda _: nullcontext())
     monkeypatch.setattr(bench_module, "_one_by_one", lambda rivals, *_: iter([(rivals[0], "no GPU here")]))
     monkeypatch.setattr(Small, "build", lambda self, _: Network.build(self, CPU))
     monkeypatch.setattr(Small, "images", lambda self, _: Network.images(self, CPU))
     with pytest.warns(RuntimeWarning, match=r"is not tuned: OutOfMemoryError: CUDA out of memory\."):
         found = list(bench(NETWORK, GPU, rivals=[live()], tune=True))
     assert [each.reason for each in found] == ["no GPU here"]
-
-
-def test_the_network_of_cudnns_fused_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every convolution but the classifier through cuDNN's call, for which PyTorch's on a CPU stands here."""
-    asked: list[tuple[bool, bool]] = []
-
-    def cudnn_relu(
-        x: Tensor, weight: Tensor, scale: None, shift: Tensor, residual: Tensor | None, *rest: Any
-    ) -> Tensor:
-        asked.append((residual is not None, rest[-1]))
-        return library.conv_pointwise(x, weight, scale, shift, residual, *rest)
-
-    monkeypatch.setattr(library, "cudnn_relu", cudnn_relu)
-    model, images = NETWORK.build(CPU), NETWORK.images(CPU)
-    mask = rivals_module._cudnn_fused(model, images)(images)
-    assert Oracle(model, images).check(mask, torch.float32) < 1e-4
-    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
-    assert len(asked) == convolutions - 1
-    assert asked.count((True, True)) == 4  # residuals
-    assert asked.count((False, False)) == 4  # their projections
 
 
 def test_rivals_of_a_cpu_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +235,7 @@ def test_a_file_of_another_kind_is_refused_before_anything_runs(
     tmp_path: Path, text: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text(text or ",".join(bench_module.COLUMNS) + "\n0.1,half")
+    path.write_text(text or ",".join(COLUMNS) + "\n0.1,half")
     before = path.read_bytes()
     monkeypatch.setattr(bench_module, "bench", lambda *_, **__: pytest.fail("it ran"))
     with pytest.raises(ValueError, match=message):
@@ -364,52 +256,6 @@ def test_the_command_prints_a_table_and_a_breakdown(tmp_path: Path) -> None:
     assert re.search(r"upsample_argmax +│ upsample_argmax +│ 2x5x5x5->33x33 +│ torch", text)
     assert re.search(r"^done in \d+ s$", text, re.MULTILINE)
     assert "share of floor" not in text
-
-
-def test_the_share_of_the_floor_where_the_gpu_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_module, "_device_name", lambda _: "NVIDIA H200")
-    network = Network(dtype=torch.bfloat16)
-    floor = bench_module.floor_milliseconds(network, GPU)
-    found = Measurement(3 * floor, 4 * floor, 5 * floor, 10, 0, 0.0)
-    results = [Result(network, live("one"), found), Result(network, live("other"), None, "no")]
-    console = Console(record=True, width=160, file=(tmp_path / "out").open("w"))
-    console.print(bench_module.results_table(results, GPU))
-    text = console.export_text()
-    assert "share of floor" in text
-    assert re.search(r"one +│ .* │ +0\.25 │", text)
-    for each in results:
-        bench_module._Rows(tmp_path / "rows.csv").append(each, GPU)
-    with (tmp_path / "rows.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["share_of_floor"] for row in rows] == ["0.25", ""]
-    assert rows[1]["reason"] == "no"
-
-
-@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_a_chart(device: torch.device, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_module, "_device_name", lambda place: "NVIDIA H200" if place == GPU else "a CPU")
-    network = Network(dtype=torch.bfloat16 if device == GPU else torch.float32)
-    times = {"slow": 40.0, "quick": 20.0, "ours": 8.0}
-    results = [
-        Result(network, live(name, ours=name == "ours"), Measurement(0.9 * ms, ms, 1.2 * ms, 10, 0, 0.0))
-        for name, ms in times.items()
-    ]
-    path = tmp_path / f"bench.{suffix}"
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        bench_module.draw_chart([*results, Result(network, live("failed"), None, "no")], device, path)
-    if suffix == "png":
-        with Image.open(path) as picture:
-            assert min(picture.size) > 200
-        return
-    text = path.read_text()
-    for name in (*times, str(network)):
-        assert name in text
-    assert "failed" not in text
-    for speed in ("25", "50", "125") if device == GPU else ("0.5", "1", "2.5"):
-        assert f">{speed}</text>" in text
-    assert ("images per second" in text) == ("floor" in text) == (device == GPU)
-    assert ("speed / quick" in text) == (device == CPU)
 
 
 @pytest.mark.parametrize(
@@ -449,16 +295,6 @@ def test_quick_is_small_and_leaves_out_what_compiles_for_long(monkeypatch: pytes
     assert names(GPU, False) == [name for name in on_gpu if name not in ("reduce-overhead", "graphs")]
 
 
-@pytest.mark.parametrize("output_stride", [8, 16])
-def test_torchvisions_network_is_the_same(output_stride: int) -> None:
-    model = fdl.ResNetModel(layers=(1, 1, 2, 1), num_classes=3, output_stride=output_stride, aux_head=False).eval()
-    images = torch.randn(1, 3, 33, 33)
-    with torch.no_grad():
-        torch.testing.assert_close(torchvision_network(model)(images)["out"], model(images)["out"])
-    with pytest.raises(ValueError, match="torchvision has neither another width"):
-        torchvision_network(small_model())
-
-
 def test_without_torchvision_pytorchs_layers_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     for rivals in (rivals_module, bench_module):
         monkeypatch.setattr(rivals, "torchvision_obstacle", lambda: "ImportError: no")
@@ -466,53 +302,6 @@ def test_without_torchvision_pytorchs_layers_stand_in(monkeypatch: pytest.Monkey
     assert [rival.name for rival in eager] == ["layers-fp32", "layers-channels_last"]
     found = list(bench(NETWORK, CPU, rivals=eager, seconds=0.01))
     assert all(each.measurement for each in found), found
-
-
-def test_the_layers_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None of the fused calls, and no gradient."""
-    model = NETWORK.build(CPU)
-    with fdl.kernels.recording() as fused:
-        logits = rivals_module.layer_by_layer(model, NETWORK.images(CPU))
-    assert not fused
-    assert logits.grad_fn is None
-
-
-def test_the_best_rival_is_not_ours_and_ratios_are_of_times() -> None:
-    results = [result("slow", 40.0), result("quick", 20.0), result("a", 8.0, ours=True), result("b", 10.0, ours=True)]
-    failed = Result(NETWORK, live("failed"), None, "no")
-    assert best_rival([failed, *results]) == results[1]
-    assert summary([failed, *results]) == "the speed of a is 5.00 times slow, 2.50 times quick"
-    assert summary(results[2:]) == summary([failed]) == "nothing to compare"
-    assert best_rival(results[2:]) is None
-
-
-def test_the_memory_of_a_graph_is_not_known() -> None:
-    assert result("plain", 1.0).peak_memory == 2_000_000
-    assert result("graph", 1.0, graphs=True).peak_memory is None
-
-
-def test_each_operation_of_a_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, images = fdl.accelerate(NETWORK.build(CPU)), NETWORK.images(CPU)
-    clock = iter(range(10**6))
-    monkeypatch.setattr(bench_module.time, "perf_counter", lambda: float(next(clock)))
-    parts = time_operations(fast, images, repeats=2)
-    assert {part.milliseconds for part in parts} == {1000.0}  # one tick between start and end of each
-    with fdl.kernels.recording() as fused:
-        fast.predict(images)
-    assert [part.layer for part in parts if part.layer] == [layer for layer, _ in fused]
-    by_operation = {part.operation: part for part in parts}
-    assert by_operation["upsample_argmax"].module == "upsample_argmax"
-    assert by_operation["aspp_branches"].module == "classifier.0"
-    assert by_operation["max_pool2d_with_indices"].module == "backbone.maxpool"
-
-
-def test_small_operations_come_as_one() -> None:
-    def part(name: str, milliseconds: float, layer: object = None) -> SimpleNamespace:
-        return SimpleNamespace(operation=name, layer=layer, milliseconds=milliseconds)
-
-    parts = [part("a", 98.5), part("b", 0.5), part("conv", 0.25, layer=1), part("c", 0.75)]
-    found = [(each.operation, share) for each, share in bench_module.parts_and_shares(parts)]
-    assert found == [("a", 0.985), ("conv", 0.0025), ("the rest", 0.0125)]
 
 
 @pytest.mark.gpu

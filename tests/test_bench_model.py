@@ -14,18 +14,19 @@ from cases import ConvCase
 from fastdeeplab.kernels.candidates import Layer, Tail
 from fastdeeplab.kernels.measure import Measurement
 from harness import Results
-from test_bench import CPU, GPU, NETWORK, live, result
+from small_rivals import CPU, GPU, NETWORK, live, result
 
-from fastdeeplab import bench as bench_module
-from fastdeeplab.bench import Part, Result
-from fastdeeplab.rivals import Network
+from fastdeeplab.speed import results as results_module
+from fastdeeplab.speed.breakdown import Part
+from fastdeeplab.speed.results import Result
+from fastdeeplab.speed.rivals import Network
 
 R50 = Network(50, 8, 21, (520, 520), 8, torch.bfloat16)
 
 
 @pytest.fixture
 def h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((harness, "device_name"), (bench_model, "device_name"), (bench_module, "_device_name")):
+    for module, name in ((harness, "device_name"), (bench_model, "device_name"), (results_module, "device_name")):
         monkeypatch.setattr(module, name, lambda _: "NVIDIA H200")
     monkeypatch.setattr(harness, "driver", lambda _: "1.2")
 
@@ -83,7 +84,7 @@ def test_the_floor_is_that_of_the_roofline(h200: None) -> None:
     floor = bench_model.floor_milliseconds(R50, GPU)
     assert 8000 / floor == pytest.approx(
         roofline.images_per_second(
-            bench_module.PLAN, roofline.network_layers(50, 8, "520x520", 21), roofline.GPUS["H200"]
+            results_module.PLAN, roofline.network_layers(50, 8, "520x520", 21), roofline.GPUS["H200"]
         )
     )
     row = bench_model.row_of(timed(R50, {"fastdeeplab": 2 * floor})[0], GPU)
@@ -94,7 +95,7 @@ def test_the_floor_is_that_of_the_roofline(h200: None) -> None:
 
 
 def test_an_unknown_gpu_has_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_module, "_device_name", lambda _: "NVIDIA GeForce GT 710")
+    monkeypatch.setattr(results_module, "device_name", lambda _: "NVIDIA GeForce GT 710")
     assert bench_model.floor_milliseconds(R50, GPU) is None
 
 
@@ -173,7 +174,7 @@ def test_a_network_without_memory_leaves_the_others_alone(
     monkeypatch.setattr(bench_model.fdl, "accelerate", lambda *_, **__: None)
     monkeypatch.setattr(Network, "build", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for module, name in ((harness, "device_name"), (bench_model, "device_name"), (bench_module, "_device_name")):
+    for module, name in ((harness, "device_name"), (bench_model, "device_name"), (results_module, "device_name")):
         monkeypatch.setattr(module, name, lambda _: "a GPU")
     monkeypatch.setattr(harness, "driver", lambda _: "1.2")
     monkeypatch.setattr(Network, "images", lambda *_: torch.zeros(1))

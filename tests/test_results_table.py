@@ -9,7 +9,7 @@ import torch
 from harness import ROOT, Results, Row
 from test_harness import a_row
 
-from fastdeeplab.rivals import Network, rivals_of
+from fastdeeplab.speed.rivals import Network, rivals_of
 
 EMPTY = f"before\n{results_table.BEGIN}\n{results_table.END}\nafter\n"
 

@@ -25,7 +25,7 @@ from fastdeeplab.cli.terminal import (
     require,
     stderr,
 )
-from fastdeeplab.rivals import Network
+from fastdeeplab.speed.rivals import Network
 
 
 def tune(

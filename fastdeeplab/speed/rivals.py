@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastdeeplab.accelerate import accelerate
 from fastdeeplab.backbone import LAYERS
 from fastdeeplab.kernels import library
 from fastdeeplab.kernels.choice import DTYPES
-from fastdeeplab.kernels.measure import WrongResultError
+from fastdeeplab.kernels.measure import WrongResultError, cudnn_benchmark
 from fastdeeplab.model import ATROUS_RATES, ResNetModel, upsample_logits
 
 Predict = Callable[[Tensor], Tensor]  # normalised images (B, 3, H, W) to class indices (B, H, W)
@@ -224,6 +225,23 @@ def rivals_of(network: Network, device: torch.device, *, quick: bool = False) ->
     if on_gpu and network.batch == 1:
         rivals.append(Rival("fastdeeplab-graphs", dtype, _captured, ours=True, graphs=True))
     return rivals
+
+
+@contextmanager
+def measuring_on(device: torch.device) -> Iterator[None]:
+    """On a GPU, for every rival: cuDNN's best algorithms, in TF32 where the numbers are fp32."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    convolutions = cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "tf32"
+    try:
+        with torch.cuda.device(device), cudnn_benchmark():
+            yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def torchvision_obstacle() -> str | None:

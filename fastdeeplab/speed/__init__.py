@@ -1,0 +1,1 @@
+"""The parts of a comparison of speed, which ``fastdeeplab.bench`` puts together."""
