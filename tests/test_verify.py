@@ -15,7 +15,12 @@ from torch import Tensor
 
 import fastdeeplab as fdl
 from fastdeeplab import verify as verifying
-from fastdeeplab.verify import Check, chosen_tiles, run_verify, shortfall, verify, wrong_pixels
+from fastdeeplab.verification import convolutions, network, subjects, tail
+from fastdeeplab.verification.convolutions import chosen_tiles, verified_layers
+from fastdeeplab.verification.network import wrong_pixels
+from fastdeeplab.verification.subjects import Check, Trial
+from fastdeeplab.verification.tail import shortfall
+from fastdeeplab.verify import run_verify, verify
 
 CPU = torch.device("cpu")
 NO_KERNELS = "the tensors are on a CPU"
@@ -27,7 +32,7 @@ Function = Callable[..., Any]
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As without the interpreter."""
-    for module in (verifying, tuning):
+    for module in (subjects, tuning):
         monkeypatch.setattr(module, "why_not", lambda *_: NO_KERNELS)
 
 
@@ -43,9 +48,9 @@ def checks_of(device: torch.device, function: str, dtype: str, part: str = "") -
 
 def run_argmax(monkeypatch: pytest.MonkeyPatch, dtype: str = "") -> tuple[bool, str]:
     """What ``run_verify`` returns and prints, of the quick subjects of ``upsample_argmax``."""
-    subjects = [each for each in verifying._subjects(CPU, True) if each.function == "upsample_argmax"]
-    subjects = [each for each in subjects if each.dtype.startswith(dtype)]
-    monkeypatch.setattr(verifying, "_subjects", lambda *_: subjects)
+    chosen = [each for each in verifying._subjects(CPU, True) if each.function == "upsample_argmax"]
+    chosen = [each for each in chosen if each.dtype.startswith(dtype)]
+    monkeypatch.setattr(verifying, "_subjects", lambda *_: chosen)
     text = io.StringIO()
     right = run_verify(Console(file=text, width=200), CPU, quick=True)
     return right, text.getvalue()
@@ -159,7 +164,7 @@ def test_a_wrong_network_is_found(monkeypatch: pytest.MonkeyPatch, no_kernels: N
 
         return call
 
-    spoil(monkeypatch, verifying, "accelerate", spoiled)
+    spoil(monkeypatch, network, "accelerate", spoiled)
     assert {check.verdict for check in checks_of(CPU, "network", "float16", "logits")} == {"WRONG"}
 
 
@@ -192,7 +197,7 @@ def test_too_little_memory_is_no_fault(monkeypatch: pytest.MonkeyPatch, no_kerne
     def full(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr(verifying, "upsample_logits", full)
+    monkeypatch.setattr(tail, "upsample_logits", full)
     right, text = run_argmax(monkeypatch)
     assert right
     assert text.count("not run: CUDA out of memory. Tried to allocate 2 GiB.") == 3
@@ -236,9 +241,9 @@ def test_every_tile_choice_is_verified(gpu: Gpu, monkeypatch: pytest.MonkeyPatch
     """Each function with every tile that serves one of its layers, and every number of splits."""
     monkeypatch.setattr(Gpu, "of", lambda device: gpu)
     monkeypatch.setattr(tuning, "why_not", lambda *_: None)
-    monkeypatch.setattr(verifying, "convolution_precision", lambda device: "tf32")
+    monkeypatch.setattr(convolutions, "convolution_precision", lambda device: "tf32")
     for dtype in (torch.bfloat16, torch.float32):
-        layers = verifying._layers(torch.device("cuda"), dtype)
+        layers = verified_layers(torch.device("cuda"), dtype)
         for quick in (False, True):
             chosen = list(chosen_tiles(layers, torch.device("cuda"), quick))
             found = [(layer.function, tile) for layer, those in chosen for tile in those]
@@ -271,12 +276,12 @@ def test_a_kernel_without_tile_choices_is_listed(device: torch.device) -> None:
 def test_what_fails_while_it_is_compiled_is_left_to_the_comparison() -> None:
     ran = []
 
-    def trial(number: int) -> verifying._Trial:
+    def trial(number: int) -> Trial:
         def error() -> float:
             ran.append(number)
             raise RuntimeError("out of resource")
 
-        return verifying._Trial("triton", str(number), 0.0, error)
+        return Trial("triton", str(number), 0.0, error)
 
     verifying._compile([trial(number) for number in range(5)])
     assert sorted(ran) == [0, 1, 2, 3, 4]
