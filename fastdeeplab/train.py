@@ -198,7 +198,7 @@ def _run(
 def _reason(error: Exception, step: int, alone: bool) -> str:
     """Why a run had to end at a step, in a sentence without its full stop."""
     first_line = str(error).partition("\n")[0].rstrip(". ")
-    of_reader = first_line.find("DataLoader worker")  # raised wherever its end is noticed, amid writing a file too
+    of_reader = first_line.find("DataLoader worker (pid")  # raised wherever its end is noticed, amid writing a file too
     if of_reader >= 0:
         return (
             f"A process that reads pictures ended at step {step}: {first_line[of_reader:]}. It may have been short of "

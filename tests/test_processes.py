@@ -146,8 +146,14 @@ def arguments_of(out: Path, **changed: object) -> list[str]:
 THREADS = """
 import atexit, os
 from fastdeeplab import cli
-names = lambda: [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]
-atexit.register(lambda: print("left at the end:", *[name for name in names() if "gloo" in name]))
+def name(thread):
+    try:
+        return open(f"/proc/self/task/{thread}/comm").read()
+    except OSError:  # it has just ended
+        return ""
+def show():
+    print("left at the end:", *[found for found in map(name, os.listdir("/proc/self/task")) if "gloo" in found])
+atexit.register(show)
 cli.main()
 """
 

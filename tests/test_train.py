@@ -625,6 +625,17 @@ def test_a_data_worker_whose_end_is_noticed_amid_a_checkpoint(tmp_path: Path, mo
         train(options(tmp_path / "run"))
 
 
+def test_what_a_data_worker_raises_is_named_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch puts the worker before it."""
+
+    def raised(*_: object) -> None:
+        raise OSError("Caught OSError in DataLoader worker process 0.\nToo many open files")
+
+    monkeypatch.setattr(Trainer, "train_step", raised)
+    with pytest.raises(TrainingError, match="A file could not be written or read at step 1: Caught OSError"):
+        train(options(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("file", ["last.safetensors", "last.pt"])
 def test_fault_21_a_full_disk(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     """At the first of a checkpoint's files, and at the second, when the first is new already."""
