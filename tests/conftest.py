@@ -13,7 +13,12 @@ os.environ.pop("COLUMNS", None)  # pytest-xdist's, in which every console would 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
+import hypothesis
 from import_torchvision import torchvision as torchvision
+
+# The same examples in each run; ``pytest --hypothesis-profile=default`` looks for others.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from fastdeeplab.kernels.cuts import rectangles
 from fastdeeplab.kernels.measure import largest_error, relative_error
 from fastdeeplab.kernels.tuning import in_fp64, kernel_call, random_inputs, tile_choices, tile_name, tolerance
 from guard_bands import assert_kept, banded, banded_allocations
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -93,11 +93,21 @@ class Convolution:
         tensors = (self.x, self.weight, self.scale, self.shift, self.residual)
         return reference.conv_bn_relu(*(None if t is None else t.to(dtype) for t in tensors), **self.options)  # type: ignore[arg-type]
 
-    def assert_accurate(self, tile: Tile = SMALL) -> None:
-        """No further from fp64 than PyTorch in the same dtype, but for the order of the additions."""
+    def assert_accurate(self, tile: Tile = SMALL, cancelled: float = 1.0) -> None:
+        """No further from fp64 than PyTorch in the same dtype, but for the order of the additions.
+
+        Which counts the more, the larger the terms are beside what is left of them: ``cancelled`` times.
+        """
         dtype = self.x.dtype
         exact = self.pytorch(torch.float64)
-        assert relative_error(self.launch(tile), exact) <= relative_error(self.pytorch(dtype), exact) + SLACK[dtype]
+        limit = relative_error(self.pytorch(dtype), exact) + cancelled * SLACK[dtype]
+        assert relative_error(self.launch(tile), exact) <= limit
+
+    def cancellation(self) -> float:
+        """How many times as large as the result its terms are, added without their signs; at least 1."""
+        tensors = (self.x, self.weight, self.scale, self.shift, self.residual)
+        terms = reference.conv_bn_relu(*(None if t is None else t.double().abs() for t in tensors), **self.options)  # type: ignore[arg-type]
+        return max(1.0, float(terms.norm() / self.pytorch(torch.float64).norm().clamp(min=1e-3)))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -484,6 +494,9 @@ def test_compute_sanitizer_finds_nothing() -> None:
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(
+    (1, 6, 7, 1), 2, 3, 1, 1, False, 1, False, torch.float32, 3
+)  # the ReLU leaves one pixel, of which little is left
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9)),
     C_out=st.integers(1, 40),
@@ -511,4 +524,4 @@ def test_anything(
 ) -> None:
     torch.manual_seed(seed)
     layer = Convolution(device, dtype, shape, C_out, kernel, stride=stride, dilation=dilation, residual=residual)
-    layer.assert_accurate(SMALL._replace(splits=splits, skip=skip))
+    layer.assert_accurate(SMALL._replace(splits=splits, skip=skip), layer.cancellation())
