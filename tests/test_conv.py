@@ -20,7 +20,7 @@ from fastdeeplab.kernels.cuts import rectangles
 from fastdeeplab.kernels.measure import largest_error, relative_error
 from fastdeeplab.kernels.tuning import in_fp64, kernel_call, random_inputs, tile_choices, tile_name, tolerance
 from guard_bands import assert_kept, banded, banded_allocations
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
