@@ -493,10 +493,15 @@ def test_compute_sanitizer_finds_nothing() -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
 
 
+def test_a_result_of_which_the_relu_and_cancellation_leave_little(device: torch.device) -> None:
+    """One pixel, small beside its terms: it is as near as these allow."""
+    torch.manual_seed(3)
+    layer = Convolution(device, torch.float32, (1, 6, 7, 1), 2)
+    assert layer.cancellation() > 10
+    layer.assert_accurate(SMALL, layer.cancellation())
+
+
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@example(
-    (1, 6, 7, 1), 2, 3, 1, 1, False, 1, False, torch.float32, 3
-)  # the ReLU leaves one pixel, of which little is left
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9)),
     C_out=st.integers(1, 40),
