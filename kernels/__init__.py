@@ -1,8 +1,9 @@
 """The fused operations of DeepLabV3, as functions in the manner of ``torch.nn.functional``.
 
 Each has ``impl``: ``"triton"`` runs the handwritten kernel (on CUDA tensors, or on CPU tensors under Triton's
-interpreter) and raises where it can't run, ``"torch"`` runs PyTorch, ``"auto"`` the kernel where it can run and gains
-something, and PyTorch elsewhere. ``reference`` has the same functions in the shortest plain PyTorch.
+interpreter) and raises where it can't run, ``"torch"`` runs PyTorch (a convolution's scale, residual and ReLU may be a
+pass of Triton's after it), ``"auto"`` the kernel where it can run and gains something, and PyTorch elsewhere.
+``reference`` has the same functions in the shortest plain PyTorch.
 
 The convolutions' kernels have no gradients: where one is required, ``"auto"`` and ``"torch"`` run PyTorch, which has.
 """

@@ -54,7 +54,7 @@ IEEE_TILES: tuple[Row, ...] = ((ALL, Tile("pointer", 64, 64, 16, num_warps=4, nu
 ODD_TILES: tuple[Row, ...] = ((ALL, Tile("pointer", 64, 32, 16, num_warps=4, num_stages=3)),)
 SPLITS = (1, 2, 4, 8)
 MIN_STEPS = 4  # of the K loop, in each split
-DEFAULT_FORM = "conv_pointwise"  # of the library, where nothing was measured
+DEFAULT_FORM = "conv_pointwise"  # of the library, where nothing was measured; but for scales in fp16, see ops
 
 
 @dataclass(frozen=True)

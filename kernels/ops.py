@@ -143,9 +143,9 @@ def _decide(layer: Layer, impl: str, x: Tensor, scale: Tensor | None) -> Decisio
     if decision.impl == "nothing":
         raise RuntimeError(f"{layer.function} can't run as a Triton kernel here: {decision.why}")
     if decision.impl == "torch" and obstacle is None and scale is not None and x.dtype == torch.float16:
-        # Which was measured without a scale; one that fp16 weights may not take costs the other forms another pass.
-        why = "predicted: a scale in fp16 needs one pass after the convolution, whatever is in it"
-        decision = decision._replace(form="conv_fused_pointwise", why=decision.why if impl == "torch" else why)
+        # The other forms, measured without a scale, need another pass for one that fp16 weights may not take.
+        why = f"{decision.why}; in fp16 the scale is applied after the convolution"
+        decision = decision._replace(form="conv_fused_pointwise", why=why)
     record(layer, decision)
     return decision
 

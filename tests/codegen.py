@@ -7,8 +7,7 @@ what is checked is specialised as a launch would be. Checked: no spills, no loca
 chip's limit, the instructions that a case demands. Prints a table; exits with 1 if a check fails. Runs in a process of
 its own, since kernels that were defined under TRITON_INTERPRET cannot be compiled. A new kernel adds a function that
 yields its cases to CASES. Those that --thorough alone compiles combine what is compiled one by one without it: every
-tile choice in splits, with channels that do not fill a block, with and without skipping; and for the architectures that
-have sm_80's instructions every dtype, not bf16 alone.
+tile choice in splits, with channels that do not fill a block, with and without skipping.
 
 Of a matrix product it is also checked that its loop loads asynchronously (cp.async or TMA; not where rows begin at any
 multiple of two bytes, of which the hardware copies none so), and that on sm_90 both operands come from shared memory.
@@ -44,7 +43,6 @@ from triton.runtime.jit import JITFunction
 
 SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory that a program may use
 MAX_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}  # of a multiprocessor
-LIKE_80 = (86, 89)  # the same instructions and registers, less shared memory
 MULTIPLY = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "FFMA")  # instructions of a matrix product, the first that occurs
 
 
@@ -453,7 +451,7 @@ def cases(name: str, thorough: bool) -> list[Case]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", default="", help="a regular expression: only kernels whose name it matches")
-    parser.add_argument("--thorough", action="store_true", help="more combinations, some 600 more compilations")
+    parser.add_argument("--thorough", action="store_true", help="more combinations")
     parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED_LIMITS), choices=list(SHARED_LIMITS))
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
@@ -467,7 +465,6 @@ def main() -> int:
         for number, case in enumerate(cases(options.kernel, options.thorough))
         for architecture in options.arch
         if architecture in case.architectures
-        and (options.thorough or architecture not in LIKE_80 or "bfloat16" in case.dtypes)
     ]
     failed = False
     with multiprocessing.get_context("spawn").Pool() as pool:  # forked, PyTorch's threads would be missing

@@ -67,6 +67,16 @@ def test_the_package_knows_nothing_of_tests_and_benchmarks(path: Path) -> None:
     assert not top_level(imports(path, module_level_only=True)) & LARGE
 
 
+@pytest.mark.parametrize(("room", "whole"), [("speed", "bench"), ("training", "train"), ("verification", "verify")])
+def test_parts_do_not_import_what_puts_them_together(room: str, whole: str) -> None:
+    files = list((ROOT / "fastdeeplab" / room).glob("*.py"))
+    assert len(files) > 1
+    for path in files:
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names} | imports(path)
+        assert not any(f"{name}.".startswith(f"fastdeeplab.{whole}.") for name in names), path
+
+
 def test_import_is_light() -> None:
     """No optional package, no CUDA context, no test package is loaded by ``import fastdeeplab``."""
     program = """

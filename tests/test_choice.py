@@ -60,7 +60,8 @@ def test_kernel_sizes() -> None:
         assert refused == ("nothing", f"conv_bn_relu can't run as a Triton kernel here: {obstacle}")
 
 
-# With torch 2.11, what is set for all of cuDNN or of PyTorch does not reach the convolutions' own setting, TF32.
+# With torch 2.11 (with 2.13 it does) what is set for all of cuDNN or of PyTorch does not reach the convolutions' own
+# setting, which is TF32.
 FROM_ABOVE = "ieee" if torch.torch_version.TorchVersion(torch.__version__) >= (2, 13) else "tf32"
 
 

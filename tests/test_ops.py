@@ -473,16 +473,21 @@ def test_a_scale_in_fp16_is_left_to_the_pass_after_the_convolution(monkeypatch: 
     obstacles: list[str | None] = [None]
     monkeypatch.setattr(ops, "why_not", lambda device, dtype: obstacles[-1])
 
+    why = []
+
     def form(dtype: torch.dtype, scale: Tensor | None) -> str:
         tensor: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 7), dtype=dtype)
         layer = candidates.Layer.of("conv_bn_relu", (8, 256, 65, 65), (64, 256, 1, 1), dtype)
         decision = ops._decide(layer, "auto", tensor, scale)
         assert decision.impl == "torch"
+        why.append(decision.why)
         return decision.form
 
     scale = torch.ones(64)
     assert form(torch.float16, scale) == "conv_fused_pointwise"
-    for other in ((torch.float16, None), (torch.bfloat16, scale), (torch.float32, scale)):
+    assert form(torch.float16, None) == candidates.DEFAULT_FORM
+    assert why[0] == f"{why[1]}; in fp16 the scale is applied after the convolution"
+    for other in ((torch.bfloat16, scale), (torch.float32, scale)):
         assert form(*other) == candidates.DEFAULT_FORM
     obstacles.append("no C compiler")
     assert form(torch.float16, scale) == candidates.DEFAULT_FORM

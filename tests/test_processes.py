@@ -145,7 +145,6 @@ def arguments_of(out: Path, **changed: object) -> list[str]:
 
 THREADS = """
 import atexit, os
-from fastdeeplab import cli
 def name(thread):
     try:
         return open(f"/proc/self/task/{thread}/comm").read()
@@ -154,14 +153,29 @@ def name(thread):
 def show():
     print("left at the end:", *[found for found in map(name, os.listdir("/proc/self/task")) if "gloo" in found])
 atexit.register(show)
+"""
+RUN = """
+from fastdeeplab import cli
 cli.main()
+"""
+CYCLE = """
+import torch
+from fastdeeplab.training.processes import join
+def work():
+    network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    network(torch.ones(1, 2)).sum().backward()
+    held = [network]
+    held.append(held)
+with join("cpu"):
+    work()
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists threads as Linux does")
-def test_no_thread_of_the_processes_group_is_left_when_python_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", [RUN, CYCLE], ids=["a run", "what only the collector finds"])
+def test_no_thread_of_the_processes_group_is_left_when_python_ends(program: str, tmp_path: Path) -> None:
     """One that then frees a tensor would abort a run that has succeeded."""
-    (tmp_path / "threads.py").write_text(THREADS)
+    (tmp_path / "threads.py").write_text(THREADS + program)
     ended = torchrun("train", *arguments_of(tmp_path / "run", epochs=1), code=str(tmp_path / "threads.py"))
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("left at the end:\n") == 2, ended.stdout

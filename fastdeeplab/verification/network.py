@@ -19,7 +19,7 @@ from fastdeeplab.verification.subjects import (
     convolution_dtype,
     implementations,
     interpolation_rounding,
-    times,
+    shape_text,
     why_no_kernels,
 )
 
@@ -41,7 +41,7 @@ def network_subjects(device: torch.device, quick: bool) -> Iterator[Subject]:
     for dtype in (torch.float16,) if quick else DTYPES:
         for part in ("logits", "mask"):
             trials = partial(_network_trials, part, config, shape, dtype, device)
-            yield Subject("network", f"{part}, {name}, {times(shape)}", convolution_dtype(dtype, device), trials)
+            yield Subject("network", f"{part}, {name}, {shape_text(shape)}", convolution_dtype(dtype, device), trials)
 
 
 def _network_trials(

@@ -1,4 +1,4 @@
-"""What is computed in several ways, which are compared with one fp64 result."""
+"""Subjects, computed in several ways (trials) that are compared with one fp64 result (checks); what they share."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -83,7 +83,7 @@ def convolution_dtype(dtype: torch.dtype, device: torch.device) -> str:
     return f"{short_name(dtype)} (TF32)" if tf32 else short_name(dtype)
 
 
-def times(sizes: Sequence[int]) -> str:
+def shape_text(sizes: Sequence[int]) -> str:
     return "x".join(map(str, sizes))
 
 

@@ -20,8 +20,8 @@ from fastdeeplab.verification.subjects import (
     implementations,
     interpolation_rounding,
     random_logits,
+    shape_text,
     soil,
-    times,
 )
 
 IGNORED = 255
@@ -42,7 +42,7 @@ def argmax_subjects(device: torch.device, quick: bool) -> Iterator[Subject]:
         ]
     for dtype in DTYPES:
         for shape, size, index in shapes[:1] if quick else shapes:
-            what = f"{times(shape)}->{times(size)} {short_name(index)}"
+            what = f"{shape_text(shape)}->{shape_text(size)} {short_name(index)}"
             trials = partial(_argmax_trials, shape, size, index, dtype, device)
             yield Subject("upsample_argmax", what, short_name(dtype), trials)
 
@@ -101,7 +101,7 @@ def loss_subjects(device: torch.device, quick: bool) -> Iterator[Subject]:
     for dtype in DTYPES:
         for shape, size, options in cases[:1] if quick else cases:
             for part in ("loss", "gradient"):
-                what = f"{part}, {times(shape)}->{times(size)} {options['reduction']}"
+                what = f"{part}, {shape_text(shape)}->{shape_text(size)} {options['reduction']}"
                 trials = partial(_loss_trials, part, shape, size, options, dtype, device)
                 yield Subject("upsample_cross_entropy", what, short_name(dtype), trials)
 
