@@ -10,6 +10,7 @@ with the weights of one left alone; on a CPU bit by bit.
 """
 
 import math
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from fastdeeplab.training.pictures import (
     check_pictures,
     fingerprint,
     open_pictures,
-    read_batches,
+    reading,
 )
 from fastdeeplab.training.processes import Processes, join
 from fastdeeplab.training.run_folder import RunFolder
@@ -89,7 +90,12 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Any = None
         processes = stack.enter_context(join(options.device))
         stop = stack.enter_context(stop_on_signals(keep=processes.count > 1))
         stack.enter_context(cudnn_benchmark())
-        return _train(options, run, processes, stop, resume, console)
+        try:
+            return _train(options, run, processes, stop, resume, console)
+        except TrainingError as error:  # whoever keeps it, as notebooks do, would keep the model and its gradients
+            for kept in filter(None, (error, error.__cause__)):
+                traceback.clear_frames(kept.__traceback__)
+            raise
 
 
 def _train(
@@ -142,9 +148,8 @@ def _train(
         display.print(f"going on after step {trainer.step} of {trainer.steps}")
     steps, on_gpu = range(trainer.step, trainer.steps), processes.device.type == "cuda"
     samples = Augmented(pictures, augmentation, options.seed)
-    batches = read_batches(samples, order, steps, workers=options.workers, pin_memory=on_gpu)
     try:
-        with display:
+        with display, reading(samples, order, steps, workers=options.workers, pin_memory=on_gpu) as batches:
             _run(trainer, run, batches, order, names, validation_pictures, display, stop, options.checkpoint_every)
     except (RuntimeError, OSError, ValueError) as error:
         reason = _reason(error, min(trainer.step + 1, trainer.steps), alone=processes.count == 1)

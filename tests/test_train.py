@@ -1,16 +1,20 @@
 """Training: exact resumes, faults that leave a usable checkpoint, gradients of parts that are those of the whole."""
 
 import dataclasses
+import gc
 import json
 import math
+import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import tomllib
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,9 +31,10 @@ from typer.testing import CliRunner
 
 import fastdeeplab as fdl
 from fastdeeplab import cli
-from fastdeeplab.data import Augmented, Shapes, open_dataset
+from fastdeeplab.data import Augmentation, Augmented, Shapes, open_dataset
 from fastdeeplab.train import TrainingError, TrainingResult, train
 from fastdeeplab.training.options import OPTIONS, TrainingOptions, as_dict, read_toml, write_toml
+from fastdeeplab.training.pictures import reading
 from fastdeeplab.training.processes import Processes
 from fastdeeplab.training.run_folder import RunFolder
 from fastdeeplab.training.schedule import PictureOrder, learning_rate_factor
@@ -597,20 +602,34 @@ def test_a_nan_loss_before_the_first_checkpoint(tmp_path: Path, monkeypatch: pyt
     assert train(dataclasses.replace(chosen, lr=0.001)).finished, "a folder without weights holds no run"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the worker is a fork of this process")
-def test_a_killed_data_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parent, get = os.getpid(), Augmented.__getitem__
+WORKER_KILLED = """
+import os, signal, sys
+from fastdeeplab import cli
+from fastdeeplab.data import Augmented
+parent, get = os.getpid(), Augmented.__getitem__
+def fatal(self, key):
+    if key[0] == 1 and os.getpid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return get(self, key)
+Augmented.__getitem__ = fatal
+cli.main()
+"""
 
-    def fatal(self: Augmented, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        if key[0] == 1 and os.getpid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return get(self, key)
 
-    chosen = options(tmp_path / "run", workers=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(Augmented, "__getitem__", fatal)
-        with pytest.raises(TrainingError, match=r"reads pictures ended at step \d: .* killed"):
-            train(dataclasses.replace(chosen, checkpoint_every=1))
+@pytest.mark.skipif(sys.platform != "linux", reason="the worker is a fork of its process")
+def test_a_killed_data_worker(tmp_path: Path) -> None:
+    """In a process of its own: PyTorch raises its end within whatever runs then, a collector's callback too.
+
+    Where that lets no exception out, the reading of the next batch notices it, in other words.
+    """
+    chosen = options(tmp_path / "run", workers=1, checkpoint_every=1)
+    write_toml(tmp_path / "options.toml", chosen)
+    command = [sys.executable, "-c", WORKER_KILLED, "train", "--config", str(tmp_path / "options.toml")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    said = " ".join(ended.stderr.split())
+    assert re.search(r"pictures ended at step \d: DataLoader worker \(pid.* (killed|exited unexpectedly)", said), said
+    assert "is whole: a resume goes on from it" in said
     assert train(chosen, resume=True).finished
 
 
@@ -623,6 +642,34 @@ def test_a_data_worker_whose_end_is_noticed_amid_a_checkpoint(tmp_path: Path, mo
     monkeypatch.setattr(torch, "save", noticed)
     with pytest.raises(TrainingError, match=r"reads pictures ended at step \d: DataLoader worker \(pid 5\) is killed"):
         train(options(tmp_path / "run"))
+
+
+def test_the_processes_that_read_end_although_their_batches_are_kept() -> None:
+    """As the traceback of an error keeps them. Python would wait for them for ever at its own end."""
+    samples = Augmented(Shapes(size=32, limit=9), Augmentation(crop_size=32), seed=0)
+    others = set(multiprocessing.active_children())
+    with reading(samples, PictureOrder(9, 4, 1, seed=0), range(3), workers=2, pin_memory=False) as batches:
+        next(batches)
+        readers = set(multiprocessing.active_children()) - others
+    assert len(readers) == 2
+    assert not any(reader.is_alive() for reader in readers)
+    del batches  # kept until here
+
+
+def test_an_error_that_is_kept_keeps_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a notebook keeps the last one: a smaller batch must find the memory free."""
+    trainers: list[weakref.ref[Trainer]] = []
+
+    def fail(trainer: Trainer) -> None:
+        trainers.append(weakref.ref(trainer))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    at_step(monkeypatch, 2, fail)
+    with pytest.raises(TrainingError) as kept:
+        train(options(tmp_path / "run", workers=1))
+    gc.collect()
+    assert trainers[0]() is None
+    assert kept.value.__cause__ is not None
 
 
 def test_what_a_data_worker_raises_is_named_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

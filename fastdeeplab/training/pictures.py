@@ -4,6 +4,7 @@ import signal
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -101,10 +102,15 @@ class ReadableShare(Share):
             return torch.zeros(3, 1, 1, dtype=torch.uint8), torch.full((1, 1), IGNORED, dtype=torch.uint8)
 
 
-def read_batches(
+@contextmanager
+def reading(
     samples: Augmented, order: PictureOrder, steps: range, *, workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """The batches of these steps, read ahead by the workers."""
+) -> Iterator[Iterator[Batch]]:
+    """The batches of these steps, read ahead by the workers, which end with the context.
+
+    By themselves they would end when nothing refers to the batches any more: not while an error is kept whose traceback
+    does. Python would then wait for them at its own end, with a signal that they outlive.
+    """
     loader: DataLoader[Batch] = DataLoader(
         samples,
         batch_sampler=_Batches(order, steps),
@@ -113,7 +119,12 @@ def read_batches(
         worker_init_fn=_outlive_interrupts,
         generator=torch.Generator(),  # leaves the global one as it is
     )
-    return iter(loader)
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def augmentation_of(options: TrainingOptions) -> Augmentation:
