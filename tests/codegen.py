@@ -324,16 +324,18 @@ class Machine:
     warps: int
     product: bool  # of matrices
     instructions: list[tuple[int, str]]  # address, text without the predicate
+    labels: dict[str, int]  # where branches go
 
     @staticmethod
     def read(kernel: Any) -> "Machine":
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(kernel.asm["cubin"])
             cubin.flush()
-            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+            commands = ("cuobjdump", "-res-usage"), ("nvdisasm", "--no-dataflow", "--print-code")
             usage, sass = (
-                subprocess.run([tool, option, cubin.name], check=True, capture_output=True, text=True).stdout
-                for option in ("-res-usage", "-sass")
+                subprocess.run([tools / tool, *options, cubin.name], check=True, capture_output=True, text=True).stdout
+                for tool, *options in commands
             )
         return Machine(
             registers=int(re.findall(r"REG:(\d+)", usage)[0]),
@@ -345,6 +347,9 @@ class Machine:
                 (int(address, 16), text)
                 for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?\s*([^;]+?) ?;", sass)
             ],
+            labels={
+                label: int(address, 16) for label, address in re.findall(r"^(\.L\w+):\s+/\*([0-9a-f]{4,5})", sass, re.M)
+            },
         )
 
     def count(self, opcode: str, start: int = 0, stop: int = sys.maxsize) -> int:
@@ -361,9 +366,9 @@ class Machine:
     def loops(self) -> list[tuple[int, int]]:
         """First and last address of each."""
         return [
-            (int(target[1], 16), address)
+            (self.labels[target[1]], address)
             for address, text in self.instructions
-            if (target := re.match(r"BRA.*0x([0-9a-f]+)", text)) and int(target[1], 16) < address
+            if (target := re.match(r"BRA.*`\((\.L\w+)\)", text)) and self.labels[target[1]] < address
         ]
 
     def resident(self, architecture: int) -> int:
