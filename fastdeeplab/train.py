@@ -149,7 +149,8 @@ def _train(
     steps, on_gpu = range(trainer.step, trainer.steps), processes.device.type == "cuda"
     samples = Augmented(pictures, augmentation, options.seed)
     try:
-        with display, reading(samples, order, steps, workers=options.workers, pin_memory=on_gpu) as batches:
+        # The readers first: they are forks, which a thread of the display's could leave with its lock taken.
+        with reading(samples, order, steps, workers=options.workers, pin_memory=on_gpu) as batches, display:
             _run(trainer, run, batches, order, names, validation_pictures, display, stop, options.checkpoint_every)
     except (RuntimeError, OSError, ValueError) as error:
         reason = _reason(error, min(trainer.step + 1, trainer.steps), alone=processes.count == 1)

@@ -33,6 +33,7 @@ import fastdeeplab as fdl
 from fastdeeplab import cli
 from fastdeeplab.data import Augmentation, Augmented, Shapes, open_dataset
 from fastdeeplab.train import TrainingError, TrainingResult, train
+from fastdeeplab.training.display import TrainingDisplay
 from fastdeeplab.training.options import OPTIONS, TrainingOptions, as_dict, read_toml, write_toml
 from fastdeeplab.training.pictures import reading
 from fastdeeplab.training.processes import Processes
@@ -654,6 +655,21 @@ def test_the_processes_that_read_end_although_their_batches_are_kept() -> None:
     assert len(readers) == 2
     assert not any(reader.is_alive() for reader in readers)
     del batches  # kept until here
+
+
+def test_the_processes_that_read_begin_before_the_displays_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    others, enter = set(multiprocessing.active_children()), TrainingDisplay.__enter__
+
+    def counted(self: TrainingDisplay) -> TrainingDisplay:
+        begun.append(len(set(multiprocessing.active_children()) - others))
+        return enter(self)
+
+    monkeypatch.setattr(TrainingDisplay, "__enter__", counted)
+    train(options(tmp_path / "run", workers=2, epochs=1))
+    assert begun == [2]
 
 
 def test_an_error_that_is_kept_keeps_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
