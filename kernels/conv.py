@@ -37,8 +37,6 @@ from .checks import pixel_pitch
 from .cuts import is_whole, masked_run, rectangle_runs
 from .splits import add_splits, adding_programs, scale_and_shift
 
-REGISTERS = 168  # of a thread with a tile of 64x64: left to itself, ptxas aims at 128 and may spill a few
-
 
 @triton.jit
 def interval(number, dilation, size, whole):
@@ -277,11 +275,11 @@ def _launch(
 ) -> None:
     N, C, H, W = x.shape
     channels, H_out, W_out = out.shape[1:]
-    C_out, kernel = weights[0].shape[0], weights[0].shape[2]
+    C_out, kernels = weights[0].shape[0], tuple(weight.shape[2] for weight in weights)
     pixels = N * H_out * W_out
     if out.numel() == 0:
         return
-    skip = len(weights) > 1 or (tile.skip and kernel == 3 and stride == 1 and padding == dilations[0])
+    skip = len(weights) > 1 or (tile.skip and kernels == (3,) and stride == 1 and padding == dilations[0])
     if skip:
         dilations = [min(dilation, max(H, W)) for dilation in dilations]  # none reaches farther than past the map
         whole = tuple(len(weights) > 1 and is_whole(N, H, W, dilation, tile.block_m) for dilation in dilations)
@@ -305,16 +303,25 @@ def _launch(
             x, tuple(weights), scale, shift, residual, out, sums,
             N, C // unit, H, W, C_out // unit_out, H_out, W_out, padding, tuple(dilations),
             pitch // unit, pitch_r // unit_out, pitch_out // unit_out,
-            KERNELS=tuple(weight.shape[2] for weight in weights), STRIDE=stride,
+            KERNELS=kernels, STRIDE=stride,
             SKIP=skip, WHOLE=whole, MASKED=any(whole) if skip else padding > 0,
             RELU=relu, PER_IMAGE=shift.ndim == 2, SPLITS=tile.splits,
             SLOTS=triton.next_power_of_2(9 * len(weights)), UNIT=unit, UNIT_OUT=unit_out, PRECISION=precision,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, EVEN_K=C % tile.block_k == 0,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
-            maxnreg=REGISTERS if tile.block_m * tile.block_n == 64 * 64 else None,
+            maxnreg=max_registers(tile, kernels),
         )  # fmt: skip
     if sums is not None:
         add_splits(sums, scale, shift, residual, out, relu=relu)
+
+
+def max_registers(tile: Tile, kernels: tuple[int, ...]) -> int | None:
+    """Of a thread, where ptxas must be told: left to itself, it aims at fewer and may spill a few."""
+    if tile.block_m * tile.block_n == 64 * 64:
+        return 168
+    if tile.block_m * tile.block_n == 64 * 32 and kernels == (1,):
+        return 192
+    return None
 
 
 @lru_cache(maxsize=4096)
