@@ -14,11 +14,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
 import hypothesis
+from hypothesis.internal.conjecture import providers
 from import_torchvision import torchvision as torchvision
 
 # The same examples in each run; ``pytest --hypothesis-profile=default`` looks for others.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
+if hasattr(providers, "_get_local_constants"):  # numbers in the modules that happen to be imported would be examples, too
+    providers._get_local_constants = lambda: providers._local_constants
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """The heads: what a comparison of whole networks does not show."""
 
 import copy
+from datetime import timedelta
 
 import pytest
 import torch
@@ -47,10 +48,12 @@ def test_the_rule_survives_the_conversion_to_sync_batch_norm() -> None:
 
 
 def _sync_batch_norm_is_asked(rank: int, address: str) -> None:
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    patience = timedelta(minutes=5)
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=patience)
     module = nn.SyncBatchNorm.convert_sync_batchnorm(pooling()).train()
     with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on"):
         module(torch.randn(1, 16, 5, 7))
+    distributed.barrier()  # the other one may still be connecting
     distributed.destroy_process_group()
 
 

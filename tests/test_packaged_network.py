@@ -103,4 +103,4 @@ def test_training_from_scratch_in_a_shorter_form(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.miou is not None
     print(f"mIoU {result.miou:.4f}")
-    assert result.miou > 0.25, "0.13 is the background alone"
+    assert result.miou > 0.2, "0.13 is the background alone; with other rounding it ends between 0.29 and 0.36"

@@ -450,11 +450,11 @@ def test_a_signal_to_every_process_ends_the_run_with_a_checkpoint(tmp_path: Path
     with subprocess.Popen(
         [*command, "--no-tensorboard", "--limit", "64"], start_new_session=True, stdout=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not (tmp_path / "run/last.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         os.killpg(process.pid, number)
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "interrupted after step" in said
     assert "go on with: fastdeeplab train --resume" in said
@@ -653,6 +653,8 @@ def test_the_processes_that_read_end_although_their_batches_are_kept() -> None:
         next(batches)
         readers = set(multiprocessing.active_children()) - others
     assert len(readers) == 2
+    for reader in readers:
+        reader.join(60)
     assert not any(reader.is_alive() for reader in readers)
     del batches  # kept until here
 

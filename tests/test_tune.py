@@ -157,7 +157,7 @@ def test_choices_are_compiled_in_parallel_and_failures_wait(
     fake: FakeCandidates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is run once, two at a time or not at all; what fails is left to be reported by ``tune``."""
-    both, ran = threading.Barrier(2, timeout=20), []
+    both, ran = threading.Barrier(2, timeout=300), []
 
     def call(layer: Layer, tile: Tile) -> Callable[..., Tensor]:
         def run(*inputs: Any) -> Tensor:
