@@ -92,6 +92,7 @@ def evaluate(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
+    skip: Callable[[Exception], None] | None = None,
 ) -> Evaluation:
     """Segment every picture of a data set at its own size, and compare the masks with the targets.
 
@@ -106,6 +107,8 @@ def evaluate(
         device: where the network runs; by default where the model is. An accelerated model is moved there.
         dtype: what ``accelerate`` casts the weights to; by default they keep theirs.
         progress: called with the number of pictures done so far, after each batch.
+        skip: called with the error of each picture or mask that can't be used, which is left out; by default the
+            first such error is raised.
 
     Raises:
         ValueError: the model or an argument does not fit, or a picture or mask can't be used; the message names it.
@@ -126,7 +129,7 @@ def evaluate(
     metric = _confusion_metric()(num_classes, ignore_index=IGNORED, validate_args=False, sync_on_compute=False)
     metric = metric.to(weight.device)
     done = 0
-    for images, targets in _batches(dataset, batch_size, workers):
+    for images, targets in _batches(dataset, batch_size, workers, skip):
         normalised = images.to(weight.device).float().div_(255).sub_(mean).div_(std)
         masks = fast.predict(normalised, dtype=smallest_dtype(num_classes))
         pixels = _pixels_at_once(num_classes)
@@ -144,11 +147,20 @@ def _pixels_at_once(num_classes: int) -> int:
     return max(1, COUNTED // num_classes**2) if torch.are_deterministic_algorithms_enabled() else COUNTED
 
 
-def _batches(dataset: SegmentationDataset, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    dataset: SegmentationDataset, batch_size: int, workers: int, skip: Callable[[Exception], None] | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Neighbours of one size, stacked: (B, 3, H, W) and (B, H, W), both uint8; read by threads, a few ahead."""
     images: list[Tensor] = []
     targets: list[Tensor] = []
-    for image, target in _read_ahead(dataset, workers):
+    for sample in _read_ahead(dataset, workers):
+        try:
+            image, target = sample.result()
+        except (ValueError, OSError) as error:
+            if skip is None:
+                raise
+            skip(error)
+            continue
         if images and (len(images) == batch_size or image.shape != images[0].shape):
             yield torch.stack(images), torch.stack(targets)
             images, targets = [], []
@@ -158,15 +170,15 @@ def _batches(dataset: SegmentationDataset, batch_size: int, workers: int) -> Ite
         yield torch.stack(images), torch.stack(targets)
 
 
-def _read_ahead(dataset: SegmentationDataset, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _read_ahead(dataset: SegmentationDataset, workers: int) -> Iterator[Future[tuple[Tensor, Tensor]]]:
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
         for index in range(len(dataset)):
             waiting.append(pool.submit(_read, dataset, index))
             if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
+                yield waiting.popleft()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()
 
 
 def _read(dataset: SegmentationDataset, index: int) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,13 @@ divided by the weight of the valid pixels of them all. (Batch norm still sees ea
 batches of all processes.)
 
 What a step does depends on its number and the state before it alone, so a run that was interrupted and resumed ends
-with the weights of one left alone; on a CPU bit by bit.
+with the weights of one left alone; on a CPU bit by bit. An epoch is saved before it is validated, so that nothing that
+happens then loses it: a resume begins with the validation that is due.
 """
 
 import math
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -48,13 +50,9 @@ class TrainingResult:
     run: Path
     step: int
     steps: int  # of the whole run
-    miou: float | None  # of the last validation, None before the first
+    miou: float | None  # of the last validation; None before the first, or if no pixel counted
     best_miou: float | None
-
-    @property
-    def finished(self) -> bool:
-        """False after an interrupt, with a checkpoint to go on from."""
-        return self.step == self.steps
+    finished: bool  # False after an interrupt, with a checkpoint to go on from
 
 
 def train(options: TrainingOptions, *, resume: bool = False, console: Any = None) -> TrainingResult:
@@ -62,7 +60,8 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Any = None
 
     There are ``last.safetensors`` and ``best.safetensors`` (by mIoU of the validation after each epoch), which
     ``ResNetModel.load`` takes, ``last.pt`` for a resume, ``config.toml`` and TensorBoard events. SIGINT and SIGTERM end
-    the run after the current step, with a checkpoint. Started by torchrun, it is one of the run's processes.
+    the run after the current step, or the current picture of a validation, with a checkpoint. Started by torchrun, it
+    is one of the run's processes.
 
     A step takes ``batch_size * accumulate`` pictures per process. The last one of an epoch takes those that are left,
     even a single picture: batch norm then has the statistics of that one, and ASPP's pooled branch, which has one value
@@ -139,7 +138,7 @@ def _train(
         start=trainer.step,
         resumed=resume,
         shown=processes.is_first,
-        tensorboard=options.tensorboard and trainer.step < trainer.steps,
+        tensorboard=options.tensorboard and not trainer.finished,
         console=console,
     )
     if processes.is_first and not resume:
@@ -152,10 +151,12 @@ def _train(
         # The readers first: they are forks, which a thread of the display's could leave with its lock taken.
         with reading(samples, order, steps, workers=options.workers, pin_memory=on_gpu) as batches, display:
             _run(trainer, run, batches, order, names, validation_pictures, display, stop, options.checkpoint_every)
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = _reason(error, min(trainer.step + 1, trainer.steps), alone=processes.count == 1)
+    except (RuntimeError, OSError, ValueError, MemoryError) as error:
+        validating = trainer.validation_due and run.saved_step == trainer.step
+        step = trainer.step if validating else min(trainer.step + 1, trainer.steps)
+        reason = _reason(error, step, validating, alone=processes.count == 1)
         raise TrainingError(f"{reason}. {run.what_is_kept()}") from error
-    return TrainingResult(run.path, trainer.step, trainer.steps, trainer.miou, trainer.best_miou)
+    return TrainingResult(run.path, trainer.step, trainer.steps, trainer.miou, trainer.best_miou, trainer.finished)
 
 
 def _run(
@@ -169,56 +170,85 @@ def _run(
     stop: StopRequest,
     checkpoint_every: int,
 ) -> None:
-    processes, epochs = trainer.processes, trainer.steps // order.steps_per_epoch
-    while trainer.step < trainer.steps:
-        step, epoch = trainer.step, trainer.step // order.steps_per_epoch + 1
-        rates = trainer.set_learning_rates()
-        loss = trainer.train_step([next(batches) for _ in order.batches(step)])
-        display.step(step + 1, epoch, loss, order.pictures_of(step), rates)
-
-        end_of_epoch = (step + 1) % order.steps_per_epoch == 0
-        if end_of_epoch:
-            display.validating()
-            evaluation = trainer.validate(validation_pictures)
-            best = -math.inf if trainer.best_miou is None else trainer.best_miou
-            is_best = evaluation.miou > best  # NaN, with nothing to validate on, is none
-            trainer.miou = evaluation.miou
-            if is_best:
-                trainer.best_miou = evaluation.miou
-                if processes.is_first:
-                    run.save_model(run.best, trainer.model, trainer.facts(epoch))
-            ious = dict(zip(trainer.classes, evaluation.iou.tolist(), strict=True))
-            display.epoch(step + 1, epoch, epochs, evaluation.miou, ious, is_best)
+    processes, epochs, stopped = trainer.processes, trainer.steps // order.steps_per_epoch, False
+    while not (trainer.finished or stopped):
+        if trainer.validation_due:
+            epoch = trainer.step // order.steps_per_epoch
+            if not _validate(trainer, run, validation_pictures, display, stop, epoch, epochs):
+                break
+            save = True
+        else:
+            epoch = trainer.step // order.steps_per_epoch + 1
+            rates, images = trainer.set_learning_rates(), order.pictures_of(trainer.step)
+            loss = trainer.train_step([next(batches) for _ in order.batches(trainer.step)])
+            display.step(trainer.step, epoch, loss, images, rates)
+            trainer.validation_due = trainer.step % order.steps_per_epoch == 0
+            save = trainer.validation_due or (checkpoint_every > 0 and trainer.step % checkpoint_every == 0)
 
         stopped = processes.any(stop.requested)
-        if end_of_epoch or stopped or (checkpoint_every and (step + 1) % checkpoint_every == 0):
+        if save or stopped:
             state = trainer.state() | {"pictures": names}
             if processes.is_first:
                 run.save(state, trainer.model, trainer.facts(epoch))
             processes.wait()
             run.saved_step = trainer.step  # in every process, once it is
-        if stopped:
-            break
 
 
-def _reason(error: Exception, step: int, alone: bool) -> str:
-    """Why a run had to end at a step, in a sentence without its full stop."""
-    first_line = str(error).partition("\n")[0].rstrip(". ")
+def _validate(
+    trainer: Trainer,
+    run: RunFolder,
+    pictures: SegmentationDataset,
+    display: TrainingDisplay,
+    stop: StopRequest,
+    epoch: int,
+    epochs: int,
+) -> bool:
+    """Validate, and keep the weights if they are the best; False if the run is to stop instead."""
+    display.validating()
+    evaluation = trainer.validate(pictures, stop)
+    if evaluation is None:
+        return False
+    trainer.miou = None if math.isnan(evaluation.miou) else evaluation.miou
+    if trainer.miou is None and trainer.processes.is_first:
+        warnings.warn(
+            f"No pixel counted in the validation of epoch {epoch}: there is no mIoU to choose the best weights by",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    is_best = trainer.best_miou is None or evaluation.miou > trainer.best_miou  # without any mIoU, the last weights
+    if is_best:
+        trainer.best_miou = trainer.miou
+        if trainer.processes.is_first:
+            run.save_model(run.best, trainer.model, trainer.facts(epoch))
+    trainer.validation_due = False
+    ious = dict(zip(trainer.classes, evaluation.iou.tolist(), strict=True))
+    display.epoch(trainer.step, epoch, epochs, evaluation.miou, ious, is_best and trainer.miou is not None)
+    return True
+
+
+def _reason(error: Exception, step: int, validating: bool, alone: bool) -> str:
+    """Why a run had to end at a step, or in the validation after it, in a sentence without its full stop."""
+    place = f"in the validation after step {step}" if validating else f"at step {step}"
+    first_line = str(error).partition("\n")[0].rstrip(". ") or type(error).__name__
     of_reader = first_line.find("DataLoader worker (pid")  # raised wherever its end is noticed, amid writing a file too
     if of_reader >= 0:
         return (
-            f"A process that reads pictures ended at step {step}: {first_line[of_reader:]}. It may have been short of "
-            "memory"
+            f"A process that reads pictures ended {place}: {first_line[of_reader:]}. It may have been short of memory"
         )
     if isinstance(error, torch.OutOfMemoryError):
-        return f"Out of memory at step {step}: a smaller batch_size with accumulate trains the same ({first_line})"
-    if isinstance(error, OSError):
-        return f"A file could not be written or read at step {step}: {first_line}"
-    if isinstance(error, TrainingError):
-        return (
-            f"{first_line} at step {step}: try a smaller lr, warmup_steps, or another amp; check_data finds bad masks"
+        advice = (
+            "it takes pictures one by one at their own size, and the largest need more than is free"
+            if validating
+            else "a smaller batch_size with accumulate trains the same"
         )
+        return f"Out of memory {place}: {advice} ({first_line})"
+    if isinstance(error, MemoryError):
+        return f"The computer is out of memory {place}: fewer workers take less ({first_line})"
+    if isinstance(error, OSError):
+        return f"A file could not be written or read {place}: {first_line}"
+    if isinstance(error, TrainingError):
+        return f"{first_line} {place}: try a smaller lr, warmup_steps, or another amp; check_data finds bad masks"
     lost = isinstance(error, distributed.DistError) if distributed.is_available() else False
     if not alone and (lost or "gloo" in first_line or "NCCL" in first_line):
-        return f"Another process of the run ended at step {step}, and may have said why"
-    return f"The run failed at step {step}: {first_line}"
+        return f"Another process of the run ended {place}, and may have said why"
+    return f"The run failed {place}: {first_line}"

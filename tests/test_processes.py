@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed
 from training_runs import ALONE, CLASSES, SMALL, assert_same_gradients, batch_of, frozen_trainer, gradients, options
 
+from fastdeeplab.data import Shapes
+from fastdeeplab.evaluate import Evaluation
+from fastdeeplab.model import ResNetModel
+from fastdeeplab.training.interrupts import StopRequest
+from fastdeeplab.training.pictures import Share
 from fastdeeplab.training.processes import Processes, join
 from fastdeeplab.training.run_folder import RunFolder
 from fastdeeplab.training.trainer import Trainer
@@ -77,6 +83,28 @@ def test_what_processes_tell_each_other(tmp_path: Path) -> None:
     mp.spawn(_ask_the_others, (tmp_path,), nprocs=2)
 
 
+def _counted(model: ResNetModel, dataset: Share, *, progress: Callable[[int], None], **_: object) -> Evaluation:
+    """In place of an evaluation: how many pictures there are, in the first place of the matrix."""
+    for done in range(1, len(dataset) + 1):
+        progress(done)
+    confusion = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
+    confusion[0, 0] = len(dataset)
+    return Evaluation(CLASSES, confusion, len(dataset))
+
+
+def _validate(trainer: Trainer) -> None:
+    """Three pictures: two for the first process, one for the second."""
+    pictures = Shapes("val", size=32, limit=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastdeeplab.training.trainer.evaluate", _counted)
+        found = trainer.validate(pictures, StopRequest())
+        assert found is not None
+        assert (found.confusion.sum(), found.confusion[0, 0], found.pictures) == (3, 3, 3), "the sum of both"
+        for asked in range(2):
+            stop = StopRequest(trainer.processes.rank == asked)
+            assert trainer.validate(pictures, stop) is None, "whichever process was asked"
+
+
 def _gradients_of_a_share(rank: int, folder: Path) -> None:
     start(rank, 2, folder, "gloo")
     torch.set_num_threads(1)
@@ -87,12 +115,16 @@ def _gradients_of_a_share(rank: int, folder: Path) -> None:
             one = gradients(trainer, [(images, targets)])
             accumulated = gradients(trainer, list(zip(images.split(1), targets.split(1), strict=True)))
             torch.save([one, accumulated], folder / f"{name}{rank}.pt")
+            _validate(trainer)
             del trainer
     end()
 
 
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path: Path) -> None:
-    """With one batch each and with two accumulated ones. All that is ignored is in the first process's pictures."""
+    """With one batch each and with two accumulated ones. All that is ignored is in the first process's pictures.
+
+    They validate all pictures together, too, and stop together.
+    """
     mp.spawn(_gradients_of_a_share, (tmp_path,), nprocs=2)
     for name, changed in (("plain", {}), ("weighted", WEIGHTED)):
         expected_loss, expected = gradients(frozen_trainer(tmp_path, **changed), [batch_of(4, ignored=2)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import io
 import json
 import math
 import multiprocessing
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ import pytest
 import torch
 from networks import small_model
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -32,8 +35,10 @@ from typer.testing import CliRunner
 import fastdeeplab as fdl
 from fastdeeplab import cli
 from fastdeeplab.data import Augmentation, Augmented, Shapes, open_dataset
+from fastdeeplab.evaluate import Evaluation, evaluate
 from fastdeeplab.train import TrainingError, TrainingResult, train
 from fastdeeplab.training.display import TrainingDisplay
+from fastdeeplab.training.interrupts import StopRequest
 from fastdeeplab.training.options import OPTIONS, TrainingOptions, as_dict, read_toml, write_toml
 from fastdeeplab.training.pictures import reading
 from fastdeeplab.training.processes import Processes
@@ -81,6 +86,30 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Traine
         return train_step(self, batches)
 
     monkeypatch.setattr(Trainer, "train_step", wrapped)
+
+
+def at_validated_picture(monkeypatch: pytest.MonkeyPatch, picture: int, action: Callable[[], object]) -> list[int]:
+    """Do something after the picture of this number in all validations, counted from 1; return those that were done."""
+    done: list[int] = []
+
+    def wrapped(*arguments: Any, progress: Callable[[int], None], **named: Any) -> Evaluation:
+        def act(count: int) -> None:
+            done.append(count)
+            if len(done) == picture:
+                action()
+            progress(count)
+
+        return evaluate(*arguments, progress=act, **named)
+
+    monkeypatch.setattr("fastdeeplab.training.trainer.evaluate", wrapped)
+    return done
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
 
 
 # The schedule
@@ -197,8 +226,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupted."""
     out = tmp_path_factory.mktemp("runs") / "alone"
     result = train(options(out, accumulate=2, checkpoint_every=1))
-    assert result == TrainingResult(out, 4, 4, result.miou, result.best_miou)
-    assert result.finished
+    assert result == TrainingResult(out, 4, 4, result.miou, result.best_miou, finished=True)
     return out
 
 
@@ -281,7 +309,6 @@ def test_settings_of_cudnn_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_tensorboard_and_the_console(tmp_path: Path) -> None:
-    from rich.console import Console
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     console = Console(force_terminal=True, record=True, width=200, file=(tmp_path / "log").open("w"))
@@ -402,7 +429,9 @@ def test_compiled_training(tmp_path: Path) -> None:
     trainer = frozen_trainer(tmp_path, compile=True)
     assert trainer.train_step([(images, targets)]) == pytest.approx(exact.item(), rel=1e-4)
     assert not any("_orig_mod" in key for key in trainer.state()["model"])
-    assert trainer.validate(Shapes("val", size=32, limit=1)).pictures == 1
+    evaluation = trainer.validate(Shapes("val", size=32, limit=1), StopRequest())
+    assert evaluation is not None
+    assert evaluation.pictures == 1
 
 
 # Interrupted and resumed
@@ -484,6 +513,22 @@ def test_a_signal_ends_the_run_after_the_step_and_a_resume_goes_on(
     assert (result.step, result.finished) == (3, False)
     assert signal.getsignal(number) == before
     assert train(chosen, resume=True).finished
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_a_signal_amid_a_validation_ends_the_run_after_the_picture_and_a_resume_validates(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here amid the last validation, when every step is done."""
+    chosen = dataclasses.replace(resumed(alone, tmp_path / "run"), checkpoint_every=0)
+    with monkeypatch.context() as patch:
+        done = at_validated_picture(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        result = train(chosen)
+    assert (result.step, result.steps, result.finished) == (4, 4, False)
+    assert done == [1, 2, 3, 1]
+    console = Console(file=io.StringIO(), record=True)
+    assert train(chosen, resume=True, console=console).finished
+    assert "epoch 2/2: mIoU 0" in console.export_text(), "without a loss: no step was trained"
     assert_same_run(tmp_path / "run", alone)
 
 
@@ -720,13 +765,56 @@ def test_fault_21_a_full_disk(alone: Path, tmp_path: Path, monkeypatch: pytest.M
     assert_same_run(tmp_path / "run", alone)
 
 
-def test_fault_19_out_of_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(trainer: Trainer) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    at_step(monkeypatch, 2, fail)
-    with pytest.raises(TrainingError, match="Out of memory at step 2: a smaller batch_size with accumulate"):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "Out of memory at step 2: a smaller batch_size with accumulate"),
+        (MemoryError(), r"out of memory at step 2: fewer workers take less \(MemoryError\)\. No checkpoint"),
+    ],
+)
+def test_fault_19_out_of_memory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    at_step(monkeypatch, 2, failing(error))
+    with pytest.raises(TrainingError, match=message):
         train(options(tmp_path / "run"))
+
+
+def test_fault_19_out_of_memory_in_a_validation_loses_no_epoch(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = dataclasses.replace(resumed(alone, tmp_path / "run"), checkpoint_every=0)
+    with monkeypatch.context() as patch:
+        at_validated_picture(patch, 2, failing(torch.OutOfMemoryError("CUDA out of memory")))
+        with pytest.raises(
+            TrainingError,
+            match=r"Out of memory in the validation after step 2: it takes .* after step 2 in .* is whole",
+        ):
+            train(chosen)
+    assert train(chosen, resume=True).finished
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize(("right", "best"), [((3, 1), 1), ((1, 3), 2), ((0, 0), 2), ((0, 1), 2), ((1, 0), 1)])
+def test_the_best_weights_are_those_of_the_highest_miou(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: tuple[int, int], best: int
+) -> None:
+    """Where no pixel counts there is none, which is said; the last weights are kept until there is one."""
+    found = []
+    for pixels in right:  # so many of the first class, and one that should have been
+        confusion = torch.zeros(6, 6, dtype=torch.int64)
+        confusion[0, :2] = torch.tensor([pixels, min(pixels, 1)])
+        found.append(Evaluation(CLASSES, confusion, 1))
+    evaluations = iter(found)
+    monkeypatch.setattr(Trainer, "validate", lambda *_: next(evaluations))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        result = train(options(tmp_path / "run", limit=1))
+    assert sum("No pixel counted" in str(warning.message) for warning in warned) == right.count(0)
+    assert result.best_miou == (found[best - 1].miou if any(right) else None)
+    assert result.miou == (found[1].miou if right[1] else None)
+    with safe_open(tmp_path / "run/best.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["training"])["epoch"] == best
 
 
 # Data

@@ -84,10 +84,12 @@ class TrainingDisplay:
     def epoch(self, step: int, epoch: int, epochs: int, miou: float, ious: dict[str, float], best: bool) -> None:
         """After the validation of an epoch: mean IoU and that of each class, NaN for one that never occurs."""
         if self.console is not None:
-            speed = self.images / (self.until - self.since)
-            mean = sum(self.losses) / len(self.losses)
+            trained = ""
+            if self.losses:  # none where a resume begins with the validation
+                mean, speed = sum(self.losses) / len(self.losses), self.images / (self.until - self.since)
+                trained = f"loss {mean:.4f}, {speed:.1f} images/s, "
             mark = ", the best so far" if best else ""
-            self.console.print(f"epoch {epoch}/{epochs}: loss {mean:.4f}, {speed:.1f} images/s, mIoU {miou:.4f}{mark}")
+            self.console.print(f"epoch {epoch}/{epochs}: {trained}mIoU {miou:.4f}{mark}")
         if self.events is not None:
             self.events.add_scalar("val/miou", miou, step)
             for name, iou in ious.items():

@@ -1,7 +1,6 @@
 """The pictures of a training run: opened, checked, shared out, augmented and read ahead."""
 
 import signal
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastdeeplab.data import IGNORED, Augmentation, Augmented, Problem, SegmentationDataset, check_dataset, open_dataset
+from fastdeeplab.data import Augmentation, Augmented, Problem, SegmentationDataset, check_dataset, open_dataset
 from fastdeeplab.data.shapes import SIZE
 from fastdeeplab.training.options import TrainingOptions
 from fastdeeplab.training.processes import Processes
@@ -89,17 +88,6 @@ class Share:
 
     def name(self, index: int) -> str:
         return self.dataset.name(self.indices[index])
-
-
-class ReadableShare(Share):
-    """One that can't be read has a target that is ignored, and is named in a warning."""
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        try:
-            return super().__getitem__(index)
-        except (ValueError, OSError) as error:
-            warnings.warn(f"{self.name(index)} is left out: {error}", RuntimeWarning, stacklevel=2)
-            return torch.zeros(3, 1, 1, dtype=torch.uint8), torch.full((1, 1), IGNORED, dtype=torch.uint8)
 
 
 @contextmanager

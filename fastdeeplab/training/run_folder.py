@@ -22,7 +22,7 @@ from fastdeeplab.model import ResNetModel
 from fastdeeplab.training.options import TrainingOptions, as_dict, differences, read_toml, write_toml
 from fastdeeplab.weights_file import write_safetensors
 
-FORMAT = 1  # of last.pt
+FORMAT = 2  # of last.pt
 
 
 class RunFolder:

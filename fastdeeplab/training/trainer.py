@@ -1,6 +1,7 @@
 """The network, its optimizer and one step of the training, in one process of several."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -16,8 +17,9 @@ from fastdeeplab.data import SegmentationDataset
 from fastdeeplab.evaluate import Evaluation, evaluate
 from fastdeeplab.loss import SegmentationLoss
 from fastdeeplab.model import ResNetModel
+from fastdeeplab.training.interrupts import StopRequest
 from fastdeeplab.training.options import TrainingOptions
-from fastdeeplab.training.pictures import Batch, ReadableShare
+from fastdeeplab.training.pictures import Batch, Share
 from fastdeeplab.training.processes import Processes
 from fastdeeplab.training.schedule import learning_rate_factor
 from fastdeeplab.weights_file import read_state_dict
@@ -30,6 +32,10 @@ BACKBONE_SHARE = 0.1  # of the head's learning rate, for a backbone that is pret
 
 class TrainingError(RuntimeError):
     """A run had to end. The message says why, and which checkpoint it leaves."""
+
+
+class _Stopped(Exception):  # noqa: N818 (no error)
+    """A validation was asked to stop."""
 
 
 class Trainer:
@@ -54,6 +60,7 @@ class Trainer:
             raise ValueError("sync_bn needs a GPU for each process; on a CPU there is freeze_bn")
         self.options, self.classes, self.processes, self.steps = options, tuple(classes), processes, steps
         self.step = 0
+        self.validation_due = False  # at the end of an epoch, until it is done
         self.miou: float | None = None
         self.best_miou: float | None = None
 
@@ -92,6 +99,10 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=options.amp == "fp16")
         torch.manual_seed(options.seed + 1 + processes.rank)  # of the dropout, another in each process
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.steps and not self.validation_due
 
     def set_learning_rates(self) -> dict[str, float]:
         """Those of the coming step, by parameter group."""
@@ -143,13 +154,31 @@ class Trainer:
             loss += part.detach()
         return self.processes.sum(loss) / self.processes.count
 
-    def validate(self, pictures: SegmentationDataset) -> Evaluation:
-        """Evaluate the model, each process on its share of the pictures."""
-        own = ReadableShare(pictures, range(self.processes.rank, len(pictures), self.processes.count))
+    def validate(self, pictures: SegmentationDataset, stop: StopRequest) -> Evaluation | None:
+        """Evaluate the model, each process on its share of the pictures; None once any process is asked to stop.
+
+        A picture that can't be used is named in a warning and left out.
+        """
+        own = Share(pictures, range(self.processes.rank, len(pictures), self.processes.count))
         self.processes.copy_from_first(self.model.buffers())
-        part = evaluate(self.model, own, workers=max(1, self.options.workers))
+
+        def ask(*_: object) -> None:
+            """After each picture, in all processes alike."""
+            if self.processes.any(stop.requested):
+                raise _Stopped
+
+        def skip(error: Exception) -> None:
+            warnings.warn(f"A picture to validate on is left out: {error}", RuntimeWarning, stacklevel=2)
+            ask()
+
+        try:
+            part = evaluate(self.model, own, workers=max(1, self.options.workers), progress=ask, skip=skip)
+            if len(own) * self.processes.count < len(pictures):  # other processes have one more
+                ask()
+        except _Stopped:
+            return None
         confusion = self.processes.sum(part.confusion.to(self.processes.device)).cpu()
-        return Evaluation(self.classes, confusion, len(pictures))
+        return Evaluation(self.classes, confusion, sum(self.processes.gather(part.pictures)))
 
     def state(self) -> dict[str, Any]:
         """All that a resume needs; every process must ask for it. The buffers of all become those of the first."""
@@ -160,6 +189,7 @@ class Trainer:
         return {
             "processes": self.processes.count,
             "step": self.step,
+            "validation_due": self.validation_due,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -172,7 +202,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.miou, self.best_miou = state["step"], state["miou"], state["best_miou"]
+        self.step, self.validation_due = state["step"], state["validation_due"]
+        self.miou, self.best_miou = state["miou"], state["best_miou"]
         random = state["random"][self.processes.rank]
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and self.processes.device.type == "cuda":
