@@ -82,8 +82,11 @@ def rectangle_and_run(
     return tl.sum(tl.where(mine, slot, 0)), tl.sum(tl.where(mine, tile - before, 0))
 
 
-# Not specialised: a picture of another size must not compile anew.
-@triton.jit(do_not_specialize=["N", "H", "W", "H_out", "W_out", "padding", "dilations"])
+# Not specialised: a picture of another size must not compile anew. Nor may channels of one unit become a constant: the
+# loop over the taps would be unrolled, and spill. How far they are aligned is said by the units alone.
+@triton.jit(do_not_specialize=[
+    "N", "C", "H", "W", "C_out", "H_out", "W_out", "padding", "dilations", "stride_xp", "stride_rp", "stride_op",
+])  # fmt: skip
 def conv_kernel(
     x_ptr, weight_ptrs, scale_ptr, shift_ptr, residual_ptr, out_ptr, sums_ptr,
     N, C, H, W, C_out, H_out, W_out, padding, dilations,

@@ -7,14 +7,18 @@ what is checked is specialised as a launch would be. Checked: no spills, no loca
 chip's limit, the instructions that a case demands. Prints a table; exits with 1 if a check fails. Runs in a process of
 its own, since kernels that were defined under TRITON_INTERPRET cannot be compiled. A new kernel adds a function that
 yields its cases to CASES. Those that --thorough alone compiles combine what is compiled one by one without it: every
-tile choice in splits, with channels that do not fill a block, with and without skipping.
+tile choice in splits, with channels that do not fill a block, with a scale, with and without skipping.
 
-Of a matrix product it is also checked that its loop loads asynchronously (cp.async or TMA; not where rows begin at any
+Of a matrix product it is also checked that its loops load asynchronously (cp.async or TMA; not where rows begin at any
 multiple of two bytes, of which the hardware copies none so), and that on sm_90 both operands come from shared memory.
+
+The column "per unit": instructions of a thread per pixel and class; of a product on sm_90, of a warp per step of its
+loop over taps and channels.
 """
 
 import argparse
 import itertools
+import math
 import multiprocessing
 import os
 import re
@@ -60,6 +64,7 @@ class Case:
     demand: str = ""  # a regular expression that some instruction of the first kernel must match
     architectures: tuple[int, ...] = tuple(SHARED_LIMITS)
     thorough: bool = False  # left out unless asked for
+    step: int = 0  # multiplications of one step of a product's loop
     asynchronous: bool = True  # whether a product's operands can be loaded so: cp.async takes no less than four bytes
 
 
@@ -143,7 +148,10 @@ def cross_entropy_cases() -> Iterator[Case]:
 
 
 def conv_cases() -> Iterator[Case]:
-    """Every tile choice with every epilogue and way of reading, for the architectures that it ships for."""
+    """Every tile choice with every epilogue and way of reading, for the architectures that it ships for.
+
+    Without a scale but where the kind says so, as an accelerated model has folded it into the weights.
+    """
 
     def map_of(channels: int, dtype: torch.dtype, size: int = 33, pitch: int | None = None) -> Tensor:
         return torch.empty(2, size, size, pitch or channels, dtype=dtype)[..., :channels].permute(0, 3, 1, 2)
@@ -165,16 +173,18 @@ def conv_cases() -> Iterator[Case]:
         x, out = map_of(channels, dtype, pitch=pitch), map_of(C_out, dtype, -(-33 // stride), pitch)
         weights = [map_of(channels, dtype, kernel)[:1].repeat(C_out, 1, 1, 1) for kernel in (1, 3)]
         weights = [weight.contiguous(memory_format=torch.channels_last) for weight in weights]
-        scale, shift = torch.empty(C_out), torch.empty(C_out)
+        branches = 4 if "branches" in kind else 1
+        shift = torch.empty(branches * C_out)
+        scale = torch.empty_like(shift) if "scaled" in kind else None
         if "branches" in kind:
-            scale, shift, out = torch.empty(4 * channels), torch.empty(4 * channels), map_of(4 * channels, dtype)
-            rates = (1, 2, 18) if "thin" in kind else (6, 12, 18)
+            out, rates = map_of(4 * channels, dtype), (1, 2, 18) if "thin" in kind else (6, 12, 18)
             launcher.aspp_branches(x, [weights[0], *3 * [weights[1]]], scale, shift, out, rates=rates, **shared)
         elif "projection" in kind:
             launcher.aspp_projection(x, torch.empty(2, channels), weights[0], scale, out, **shared)
         else:
             residual = map_of(C_out, dtype, out.shape[2], pitch) if "residual" in kind else None
-            options = {"stride": stride, "padding": dilation * (kernel // 2), "dilation": dilation, "relu": True}
+            relu = "classifier" not in kind and "downsampling" not in kind
+            options = {"stride": stride, "padding": dilation * (kernel // 2), "dilation": dilation, "relu": relu}
             launcher.conv_bn_relu(x, weights[kernel // 2], scale, shift, residual, out, **options, **shared)
 
     def case(
@@ -195,6 +205,7 @@ def conv_cases() -> Iterator[Case]:
             units={},
             demand="" if tile.kernel == "pointer" else "UTMASTG",
             architectures=architectures,
+            step=tile.block_m * tile.block_n * tile.block_k,
             asynchronous=dtype.itemsize == 4 or "pitch" not in options,
         )
 
@@ -225,10 +236,10 @@ def conv_cases() -> Iterator[Case]:
                     yield case(kind, tuple({90} & {*architectures}), tile, torch.float16)
     for (architectures, tile), kind in product(IEEE_TILES, kinds["pointer"]):
         yield case(kind, architectures, tile._replace(skip="dilated" in kind), torch.float32, precision="ieee")
-    for (architectures, tile), dtype, classes in product(ODD_TILES, floats, (19, 150)):
+    two = (torch.bfloat16, torch.float32)
+    for (architectures, tile), dtype, classes in product(ODD_TILES, two, (19, 150)):
         yield case("1x1 classifier", architectures, tile, dtype, C_out=classes)
     odd = {"channels": 21, "pitch": 257}  # values are loaded one by one
-    two = (torch.bfloat16, torch.float32)
     for (architectures, tile), kind, dtype in product(ODD_TILES, (*kinds["pointer"], "3x3 stride 2 residual"), two):
         odd_tile = tile._replace(skip="dilated" in kind or "branches" in kind)
         yield case(kind, architectures, odd_tile, dtype, **odd)
@@ -236,14 +247,19 @@ def conv_cases() -> Iterator[Case]:
             yield case(kind, architectures, odd_tile, dtype, precision="ieee", **odd)
     for kernel, kind in {"pointer": "3x3 dilated", "gemm_tma": "1x1 residual", "boxes_tma": "3x3 dilated"}.items():
         architectures, tile = min(row for row in TILES if row[1].kernel == kernel)
-        yield case(kind, architectures, tile._replace(splits=4, skip=kernel != "gemm_tma"), torch.bfloat16)
-        yield case(kind, architectures, tile._replace(skip=kernel != "gemm_tma"), torch.bfloat16, channels=40)
+        tile = tile._replace(skip=kernel != "gemm_tma")
+        yield case(kind, architectures, tile._replace(splits=4), torch.bfloat16)
+        yield case(f"{kind} scaled", architectures, tile, torch.bfloat16)
+        if kernel == "pointer":  # one unit of channels must be no constant: it would unroll the loop
+            yield case("3x3 stride 2", architectures, tile._replace(skip=False), torch.bfloat16, channels=16)
+        else:
+            yield case(kind, architectures, tile, torch.bfloat16, channels=40)
     for architectures, tile in TILES:
         if tile.kernel == "pointer":
             yield case("1x1 and 3x3 branches", architectures, tile._replace(splits=4, skip=True), torch.bfloat16)
             yield case("1x1 and 3x3 branches, thin", architectures, tile._replace(skip=True), torch.bfloat16)
     yield case("3x3 dilated", *next(row for row in TILES if row[1].kernel == "boxes_tma"), torch.bfloat16)
-    yield case("1x1 stride 2", tuple(SHARED_LIMITS), TILES[0][1], torch.bfloat16)
+    yield case("1x1 stride 2 downsampling", tuple(SHARED_LIMITS), TILES[0][1], torch.bfloat16)
 
     main = {"pointer": ("1x1 residual", "3x3 dilated"), "gemm_tma": ("1x1 residual",), "boxes_tma": ("3x3 dilated",)}
     layer = Layer.of("conv_bn_relu", (2, 256, 33, 33), (256, 256, 1, 1), torch.bfloat16)
@@ -255,17 +271,24 @@ def conv_cases() -> Iterator[Case]:
             yield case(kind, split, tile._replace(splits=splits, skip="3x3" in kind), dtype, thorough=True)
         for kind in main[tile.kernel]:
             yield case(kind, architectures, tile._replace(skip="3x3" in kind), dtype, channels=40, thorough=True)
+            yield case(f"{kind} scaled", architectures, tile._replace(skip="3x3" in kind), dtype, thorough=True)
+        if tile.kernel == "pointer":
+            for kind in ("1x1 residual", "3x3 stride 2", "3x3 residual"):
+                yield case(kind, architectures, tile, dtype, channels=16, thorough=True)
         if tile.kernel == "boxes_tma":
             yield case("3x3 dilated", architectures, tile, dtype, thorough=True)
             yield case("3x3 dilated residual", architectures, tile._replace(skip=True), dtype, thorough=True)
     for (architectures, tile), kind in product(IEEE_TILES, main["pointer"]):
         split = tile._replace(splits=4, skip="3x3" in kind)
         yield case(kind, architectures, split, torch.float32, precision="ieee", thorough=True)
+        scaled = f"{kind} scaled", architectures, tile._replace(skip="3x3" in kind)
+        yield case(*scaled, torch.float32, precision="ieee", thorough=True)
     unaligned = replace(layer, aligned=False)
     for (architectures, tile), kind, dtype in product(ODD_TILES, (*main["pointer"], "1x1 and 3x3 branches, thin"), two):
         split = tile._replace(splits=4, skip="3x3" in kind)
         some = tuple(each for each in architectures if 4 in splits_of(unaligned, tile, (each // 10, each % 10)))
         yield case(kind, some, split, dtype, thorough=True, channels=22, pitch=258)
+        yield case(f"{kind} scaled", architectures, split._replace(splits=1), dtype, thorough=True, **odd)
 
 
 CASES = (argmax_cases, cross_entropy_cases, conv_cases)
@@ -363,6 +386,30 @@ class Machine:
         loops = [loop for loop in self.loops() if self.count(unit, *loop)] or [(0, sys.maxsize)]
         return min(self.count("", *loop) / max(self.count(unit, *loop), 1) for loop in loops)
 
+    def per_step(self, multiplications: int) -> float | None:
+        """The most instructions of a warp per step of a product's loop; on sm_90, whose products say their size."""
+        size = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\.")
+        most = None
+        for start, stop in self.product_loops():
+            texts = [text for address, text in self.instructions if start <= address <= stop]
+            found = [math.prod(map(int, match.groups())) for match in map(size.match, texts) if match]
+            if found:  # of a warp group, four warps
+                most = max(most or 0, len(texts) * multiplications / (sum(found) * self.warps / 4))
+        return most
+
+    def product_loops(self) -> list[tuple[int, int]]:
+        """The loops over a matrix product: those that have none inside.
+
+        Code that is rarely needed stands at the end, and its way back looks like a larger loop.
+        """
+        opcode = next(opcode for opcode in MULTIPLY if self.count(opcode))
+        loops = [loop for loop in self.loops() if self.count(opcode, *loop)]
+        return [
+            (start, stop)
+            for start, stop in loops
+            if not any(start <= first and last <= stop for first, last in loops if (first, last) != (start, stop))
+        ]
+
     def loops(self) -> list[tuple[int, int]]:
         """First and last address of each."""
         return [
@@ -389,14 +436,14 @@ class Machine:
             yield "not both operands in shared memory"
         if not case.asynchronous:
             return
-        opcode = next(opcode for opcode in MULTIPLY if self.count(opcode))
-        # The smallest: code that is rarely needed stands at the end, and its way back looks like a larger loop.
-        loops = [loop for loop in self.loops() if self.count(opcode, *loop)]
-        loop = min(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
-        if not self.count("LDGSTS", *loop) + self.count("UTMALDG", *loop):
-            yield "no asynchronous load in the loop"
-        if self.count("LDG.", *loop):
-            yield f"{self.count('LDG.', *loop)} synchronous loads in the loop"
+        loops = self.product_loops()
+        if not loops:
+            yield "no loop over the product"
+        for loop in loops:
+            if not self.count("LDGSTS", *loop) + self.count("UTMALDG", *loop):
+                yield "no asynchronous load in the loop"
+            if self.count("LDG.", *loop):
+                yield f"{self.count('LDG.', *loop)} synchronous loads in the loop"
 
     def faults(self, case: Case, units: tuple[str, ...], demand: str, architecture: int) -> Iterator[str]:
         if self.count("LDL"):  # what is stored and never loaded is no spill: triton 3.6 sets up calls that trap so
@@ -412,7 +459,7 @@ class Machine:
             yield from self.product_faults(case, architecture)
 
 
-LAYOUT = "{:22} {:74} {:18} {:7} {:>9} {:>6} {:>7} {:>8} {:>9} {:>12} {:>19}  {}".format
+LAYOUT = "{:22} {:74} {:18} {:7} {:>9} {:>6} {:>7} {:>8} {:>9} {:>12} {:>8}  {}".format
 
 
 def compile_case(case: Case, architecture: int) -> list[tuple[str, bool]]:
@@ -425,6 +472,9 @@ def compile_case(case: Case, architecture: int) -> list[tuple[str, bool]]:
         demand = case.demand if kernel is compiled[0] else ""
         units = case.units.get(kernel.metadata.name, ())
         faults = "; ".join(machine.faults(case, units, demand, architecture))
+        per_unit = machine.per_pixel_and_class(units) if units else None
+        if machine.product:
+            per_unit = machine.per_step(case.step)
         row = LAYOUT(
             kernel.metadata.name,
             case.choice,
@@ -436,7 +486,7 @@ def compile_case(case: Case, architecture: int) -> list[tuple[str, bool]]:
             machine.resident(architecture),
             machine.operands(),
             machine.count(""),
-            f"{machine.per_pixel_and_class(units):.2f}" if units else "-",
+            "-" if per_unit is None else f"{per_unit:.2f}",
             faults or "-",
         )
         rows.append((row, bool(faults)))
@@ -464,7 +514,7 @@ def main() -> int:
 
     print(f"triton {triton.__version__}, torch {torch.__version__}")
     columns = "kernel", "choice", "dtypes", "arch", "registers", "stack", "shared", "resident", "operands"
-    print(LAYOUT(*columns, "instructions", "per pixel and class", "faults"), flush=True)
+    print(LAYOUT(*columns, "instructions", "per unit", "faults"), flush=True)
     jobs = [
         (options.kernel, options.thorough, number, architecture)
         for number, case in enumerate(cases(options.kernel, options.thorough))

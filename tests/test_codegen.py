@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from codegen import Case, Machine
+
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 EXPECTED = {  # a pattern of a row's kernel and choice, and for which architectures there must be one
     "upsample_argmax_kernel": ARCHITECTURES,
@@ -31,3 +33,14 @@ def test_machine_code() -> None:
     for kernel, architectures in EXPECTED.items():
         for architecture in architectures:
             assert re.search(rf"^{kernel}.* sm_{architecture} ", run.stdout, re.M), (kernel, architecture)
+
+
+def test_every_loop_over_a_product_is_looked_at() -> None:
+    """Also a larger one after a small one that is as it should be; not what merely surrounds one."""
+    texts = ["LDGSTS.E", "HGMMA.64x64x16.F32", "BRA `(.L_1)", "LDG.E", "IADD3", "HGMMA.64x64x16.F32", "BRA `(.L_2)"]
+    instructions = [(16 * number, text) for number, text in enumerate([*texts, "BRA `(.L_1)"])]
+    machine = Machine(168, 0, 0, 4, True, instructions, {".L_1": 0, ".L_2": 48})
+    assert machine.product_loops() == [(0, 32), (48, 96)]
+    faults = [*machine.product_faults(Case("", "", "", lambda: None, {}), 80)]
+    assert faults == ["no asynchronous load in the loop", "1 synchronous loads in the loop"]
+    assert machine.per_step(64 * 64 * 64) == 16
