@@ -1,6 +1,8 @@
 """Data sets of files: matching pictures with masks, the layouts of VOC, Cityscapes and ADE20K, what can be wrong."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from fastdeeplab.data import PairedFiles, Problem, check_dataset, open_dataset
+from fastdeeplab.data import PairedFiles, Problem, Shapes, check_dataset, open_dataset
 from fastdeeplab.data.pairs import CITYSCAPES_IDS, read_mask
 from fastdeeplab.palettes import PALETTES
 from fastdeeplab.pictures import PictureError, write_mask
@@ -174,6 +177,33 @@ def test_problems_come_in_the_order_of_the_data_set(tmp_path: Path) -> None:
     assert [problem.name for problem in problems] == [str(picture) for picture, _ in pairs]
     assert isinstance(problems[0], Problem)
     assert seen == list(range(1, 21))
+
+
+def test_an_interrupt_reads_no_more_pictures_but_those_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits until what is queued behind it is cancelled, or could be."""
+    read: list[int] = []
+    stopping = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            stopping.set()
+            super().shutdown(wait)
+
+    class Watched(Shapes):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            read.append(index)
+            if index:
+                stopping.wait()
+            return super().__getitem__(index)
+
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastdeeplab.data.opening.ThreadPoolExecutor", Pool)
+    with pytest.raises(KeyboardInterrupt):
+        check_dataset(Watched(size=16, limit=20), workers=1, progress=interrupt)
+    assert read in ([0], [0, 1])
 
 
 def remove_mask(folders: dict[str, Path]) -> None:

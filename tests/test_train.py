@@ -40,7 +40,7 @@ from fastdeeplab.train import TrainingError, TrainingResult, train
 from fastdeeplab.training.display import TrainingDisplay
 from fastdeeplab.training.interrupts import StopRequest
 from fastdeeplab.training.options import OPTIONS, TrainingOptions, as_dict, read_toml, write_toml
-from fastdeeplab.training.pictures import reading
+from fastdeeplab.training.pictures import check_pictures, open_pictures, reading
 from fastdeeplab.training.processes import Processes
 from fastdeeplab.training.run_folder import RunFolder
 from fastdeeplab.training.schedule import PictureOrder, learning_rate_factor
@@ -851,6 +851,24 @@ def test_fault_17_corrupt_pictures_are_found_before_the_first_step(tmp_path: Pat
     ):
         train(of_folders(tmp_path / "run", folders))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("mask", "classes", "message"),
+    [
+        (lambda target: (target > 0) * 255, ("ground", "thing"), "thing; some masks have 255, which is no class"),
+        (lambda target: target % 3, 9, "class 3, class 4, class 5, class 6, class 7 and 1 more$"),
+    ],
+    ids=["255 for a class", "fewer classes"],
+)
+def test_classes_that_no_mask_has_are_named(
+    tmp_path: Path, folders: dict[str, Any], mask: Callable[[Tensor], Tensor], classes: Any, message: str
+) -> None:
+    for path in (tmp_path / "masks").iterdir():
+        Image.fromarray(mask(Shapes(size=32)[int(path.stem)][1]).to(torch.uint8).numpy()).save(path)
+    datasets = open_pictures(of_folders(tmp_path / "run", folders, classes=classes))
+    with pytest.warns(RuntimeWarning, match=f"^No mask to train on has these classes: {message}"):
+        check_pictures(datasets, ALONE, lambda _: None)
 
 
 def test_fault_17_training_goes_on_without_corrupt_pictures(tmp_path: Path, folders: dict[str, Any]) -> None:

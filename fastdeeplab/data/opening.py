@@ -100,11 +100,14 @@ def check_dataset(
     found = []
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         reasons: Iterable[str | None] = pool.map(lambda index: _why_unusable(dataset, index), range(len(dataset)))
-        for index, reason in enumerate(reasons):
-            if reason is not None:
-                found.append(Problem(dataset.name(index), reason))
-            if progress is not None:
-                progress(index + 1)
+        try:
+            for index, reason in enumerate(reasons):
+                if reason is not None:
+                    found.append(Problem(dataset.name(index), reason))
+                if progress is not None:
+                    progress(index + 1)
+        finally:  # an interrupt would wait until all are read
+            pool.shutdown(cancel_futures=True)
     return found
 
 

@@ -1,10 +1,11 @@
 """The pictures of a training run: opened, checked, shared out, augmented and read ahead."""
 
 import signal
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastdeeplab.data import Augmentation, Augmented, Problem, SegmentationDataset, check_dataset, open_dataset
+from fastdeeplab.data import IGNORED, Augmentation, Augmented, Problem, SegmentationDataset, check_dataset, open_dataset
 from fastdeeplab.data.shapes import SIZE
 from fastdeeplab.training.options import TrainingOptions
 from fastdeeplab.training.processes import Processes
@@ -43,9 +44,10 @@ def fingerprint(pictures: SegmentationDataset) -> int:
 def check_pictures(
     datasets: Sequence[SegmentationDataset], processes: Processes, progress: Callable[[int], None]
 ) -> None:
-    """Read every picture and mask, each process its share.
+    """Read every picture and mask, each process its share, and warn of classes that no training mask has.
 
     Args:
+        datasets: the pictures to train on, then others.
         progress: called after each picture with how many this process has read.
 
     Raises:
@@ -53,8 +55,8 @@ def check_pictures(
     """
     problems: list[Problem] = []
     done = 0
-    for dataset in datasets:
-        own = Share(dataset, range(processes.rank, len(dataset), processes.count))
+    shares = [Watched(dataset, range(processes.rank, len(dataset), processes.count)) for dataset in datasets]
+    for own in shares:
 
         def count(read: int, before: int = done) -> None:
             progress(before + read)
@@ -67,6 +69,12 @@ def check_pictures(
             "\n".join([f"{len(found)} of {sum(map(len, datasets))} pictures can't be used:", *found])
             + "\nMend or remove them, or train without them, without check_data"
         )
+    values: set[int] = set().union(*processes.gather(shares[0].values))
+    absent = [name for index, name in enumerate(datasets[0].classes) if index not in values]
+    if absent and processes.is_first:
+        listed = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+        hint = "; some masks have 255, which is no class but ignored" if IGNORED in values else ""
+        warnings.warn(f"No mask to train on has these classes: {listed}{hint}", RuntimeWarning, stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,18 @@ class Share:
 
     def name(self, index: int) -> str:
         return self.dataset.name(self.indices[index])
+
+
+@dataclass(frozen=True)
+class Watched(Share):
+    """It keeps the values of all targets that were read, by whatever thread."""
+
+    values: set[int] = field(default_factory=set)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, target = super().__getitem__(index)
+        self.values.update(torch.bincount(target.flatten()).nonzero().flatten().tolist())
+        return image, target
 
 
 @contextmanager
