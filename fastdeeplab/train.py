@@ -141,8 +141,8 @@ def _train(
         tensorboard=options.tensorboard and not trainer.finished,
         console=console,
     )
-    if processes.is_first and not resume:
-        run.create(options)
+    if processes.is_first:
+        (run.write_options if resume else run.create)(options)
     if state is not None:
         display.print(f"going on after step {trainer.step} of {trainer.steps}")
     steps, on_gpu = range(trainer.step, trainer.steps), processes.device.type == "cuda"

@@ -19,6 +19,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ from fastdeeplab.train import TrainingError, TrainingResult, train
 from fastdeeplab.training.display import TrainingDisplay
 from fastdeeplab.training.interrupts import StopRequest
 from fastdeeplab.training.options import OPTIONS, TrainingOptions, as_dict, read_toml, write_toml
-from fastdeeplab.training.pictures import check_pictures, open_pictures, reading
+from fastdeeplab.training.pictures import augmentation_of, check_pictures, open_pictures, reading
 from fastdeeplab.training.processes import Processes
 from fastdeeplab.training.run_folder import RunFolder
 from fastdeeplab.training.schedule import PictureOrder, learning_rate_factor
@@ -176,6 +177,7 @@ def test_poly_schedule_with_warm_up() -> None:
         ("label_smoothing", 1.5),
         ("class_weights", (1.0, -1.0)),
         ("class_weights", ()),
+        ("class_weights", (0.0, 0.0)),
         ("classes", ("a", "")),
         ("classes", 0),
         ("layers", (1, 2, 3)),
@@ -186,6 +188,7 @@ def test_poly_schedule_with_warm_up() -> None:
         ("freeze_bn", 1),
         ("out", ""),
         ("seed", -1),
+        ("seed", 2**63),
     ],
 )
 def test_wrong_options(name: str, value: object) -> None:
@@ -208,6 +211,7 @@ def test_options_through_a_toml_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("batchsize = 3", "there is no option 'batchsize'; the nearest is 'batch_size'"),
+        ("learning_rate = 3", "there is no option 'learning_rate'; the nearest is 'lr'"),
         ("[training]\nepochs = 3", "there is no option 'training'"),
         ("epochs = ", "is no TOML file"),
     ],
@@ -271,6 +275,7 @@ def test_learning_rates_of_backbone_head_and_aux(tmp_path: Path) -> None:
 
     assert rates() == pytest.approx(dict(zip(PARTS, (0.05, 0.05, 0.05), strict=True)))
     assert rates(backbone_lr=0.02, aux_lr=0.4) == pytest.approx(dict(zip(PARTS, (0.01, 0.05, 0.2), strict=True)))
+    assert rates(warmup_steps=11)["head"] == pytest.approx(0.025), "half of the rise"
     small_model(num_classes=6).save(tmp_path / "start.safetensors")
     assert rates(pretrained=str(tmp_path / "start.safetensors"))["backbone"] == pytest.approx(0.005)
 
@@ -323,6 +328,23 @@ def test_tensorboard_and_the_console(tmp_path: Path) -> None:
     assert {f"learning_rate/{name}" for name in PARTS} <= set(events.Tags()["scalars"])
 
 
+def test_the_progress_bar_of_slow_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Loss, images per second and the time left, where each step takes a minute."""
+    now = 0.0
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr("fastdeeplab.training.display.time", clock)
+    console = Console(force_terminal=True, width=120, record=True, file=io.StringIO(), get_time=clock.perf_counter)
+    display = TrainingDisplay(
+        RunFolder(tmp_path), steps=10, start=0, resumed=False, shown=True, tensorboard=False, console=console
+    )
+    for step in range(1, 4):
+        now += 60
+        display.step(step, 1, 0.5 / step, 240, {})
+    assert display.progress is not None
+    console.print(display.progress)
+    assert re.search(r"epoch 1 .* 3/10 steps, loss 0\.1667, 4\.0 images/s, 0:07:00 left", console.export_text())
+
+
 # What a step computes
 
 
@@ -338,12 +360,13 @@ def test_accumulated_batches_give_the_gradients_of_one_batch(tmp_path: Path, cha
     assert_same_gradients(parts, whole)
 
 
-def test_the_gradients_are_those_of_the_public_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_gradients_are_those_of_the_public_loss(tmp_path: Path, smoothing: float) -> None:
     images, targets = batch_of(3, ignored=1)
-    trainer = frozen_trainer(tmp_path)
+    trainer = frozen_trainer(tmp_path, label_smoothing=smoothing)
     loss, actual = gradients(trainer, [(images, targets)])
     trainer.model.zero_grad()
-    expected = fdl.SegmentationLoss(0.4)(trainer.model(images, upsample=False), targets)
+    expected = fdl.SegmentationLoss(0.4, label_smoothing=smoothing)(trainer.model(images, upsample=False), targets)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     for name, parameter in trainer.model.named_parameters():
@@ -364,6 +387,22 @@ def test_fault_14_a_batch_without_valid_pixels_changes_no_weight_by_its_loss(
     loss, found = gradients(trainer, [(images, torch.full_like(targets, value))])
     assert loss == 0
     assert not any(gradient.any() for gradient in found.values())
+
+
+def test_weights_decay_where_nothing_is_learned(tmp_path: Path) -> None:
+    images, targets = batch_of(1)
+    trainer = frozen_trainer(tmp_path, lr=0.1, weight_decay=0.5)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train_step([(images, torch.full_like(targets, 255))])
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), 0.95 * before[name])
+
+
+def test_the_augmentation_is_that_of_the_options(tmp_path: Path) -> None:
+    chosen = options(tmp_path, crop_size=48, scale_min=0.7, scale_max=1.5, flip=0.25, jitter=0.12)
+    assert augmentation_of(chosen) == Augmentation(
+        crop_size=48, scale=(0.7, 1.5), flip=0.25, brightness=0.12, contrast=0.12, saturation=0.12, hue=0.02
+    )
 
 
 def test_fault_15_batches_of_one(tmp_path: Path) -> None:
@@ -575,6 +614,24 @@ def test_resuming_with_other_pictures(tmp_path: Path, folders: dict[str, Any], n
         path.rename(path.with_name(new_name)) if new_name else path.unlink()
     with pytest.raises(ValueError, match=r"trained on other pictures .*last\.safetensors"):
         train(chosen, resume=True)
+
+
+def test_a_run_goes_on_from_another_folder_and_with_pictures_that_have_moved(
+    tmp_path: Path, folders: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its paths were relative."""
+    small_model(num_classes=3).save(tmp_path / "start.safetensors")
+    relative = folders | {"images": "images", "masks": "masks", "pretrained": "start.safetensors"}
+    monkeypatch.chdir(tmp_path)
+    train(of_folders(Path("run"), relative, limit=2))
+    monkeypatch.chdir("run")
+    assert train(RunFolder("../run").options(), resume=True).finished
+    for name in ("images", "masks"):
+        (tmp_path / name).rename(tmp_path / f"moved {name}")
+    moved = ("--images", "../moved images", "--masks", "../moved masks", "--pretrained", "../start.safetensors")
+    ended = run_command("--resume", "--out", ".", *moved)
+    assert ended.exit_code == 0, ended.output
+    assert train(RunFolder(tmp_path / "run").options(), resume=True).finished, "the new place is kept"
 
 
 def test_what_a_kill_left_half_written_goes_with_the_resume(alone: Path, tmp_path: Path) -> None:
@@ -931,11 +988,13 @@ def test_pretrained_weights_with_the_same_classes_keep_their_classifier(tmp_path
         ({"data": "folder", "size": None}, ValueError, "folder needs images and masks and classes"),
         ({"data": "voc", "size": None, "root": "missing"}, ValueError, "missing: there is no such folder"),
         ({"scale_max": 99.0}, ValueError, "scale must be"),
+        ({"loss_kernel": "triton"}, ValueError, "loss_kernel must be another: .* the tensors are on a CPU"),
     ],
 )
 def test_what_does_not_fit_is_an_error_before_anything_is_written(
-    tmp_path: Path, changed: dict[str, Any], error: type[Exception], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], error: type[Exception], message: str
 ) -> None:
+    monkeypatch.setattr("fastdeeplab.kernels.choice.why_not", lambda *_: "the tensors are on a CPU")
     with pytest.raises(error, match=message):
         train(options(tmp_path / "run", **changed))
     assert not (tmp_path / "run").exists()
@@ -1000,6 +1059,27 @@ def test_the_command_reads_a_toml_file_and_its_options_go_before_it(tmp_path: Pa
     assert result.exit_code == 0, result.output
     expected = dataclasses.replace(chosen, epochs=1, class_weights=(1.0, 1.0, 1.0, 1.0, 1.0, 3.0))
     assert RunFolder(tmp_path / "run").options() == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "command"),
+    [
+        ({}, "go on with: fastdeeplab train"),
+        ({"WORLD_SIZE": 2}, "go on with: torchrun --nproc-per-node 2 -m fastdeeplab.cli train"),
+        (
+            {"WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4},
+            "torchrun --nnodes 2 --nproc-per-node 4 ... -m fastdeeplab.cli train",
+        ),
+    ],
+)
+def test_the_command_says_how_as_many_processes_go_on(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, int], command: str
+) -> None:
+    stopped = TrainingResult(Path("my run"), 3, 4, None, None, finished=False)
+    monkeypatch.setattr("fastdeeplab.train.train", lambda *_, **__: stopped)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    assert f"{command} --resume --out 'my run'\n" in run_command().output
 
 
 @pytest.mark.parametrize(

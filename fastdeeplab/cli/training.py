@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import inspect
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,12 +82,28 @@ def train(
         raise typer.Exit(130) from None
     if os.environ.get("RANK", "0") == "0":
         state = "finished" if result.finished else f"interrupted after step {result.step} of {result.steps}"
-        miou = "" if result.miou is None else f", mIoU {result.miou:.4f}, the best {result.best_miou or 0:.4f}"
+        known = result.miou is not None and result.best_miou is not None
+        miou = f", mIoU {result.miou:.4f}, the best {result.best_miou:.4f}" if known else ""
         console.print(f"{result.run}: {state}{miou}")
         if not result.finished:
-            console.print(f"go on with: fastdeeplab train --resume --out {result.run}")
+            console.print(_how_to_go_on(result.run))
     if not result.finished:
         raise typer.Exit(130)
+
+
+def _how_to_go_on(run: Path) -> str:
+    """The command that resumes a run with as many processes as there are here."""
+    command = f"train --resume --out {shlex.quote(str(run))}"
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return f"go on with: fastdeeplab {command}"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    if count == here:
+        return f"go on with: torchrun --nproc-per-node {here} -m fastdeeplab.cli {command}"
+    return (
+        f"go on with, on each machine and with the same rendezvous: torchrun --nnodes {count // here} "
+        f"--nproc-per-node {here} ... -m fastdeeplab.cli {command}"
+    )
 
 
 def evaluate(

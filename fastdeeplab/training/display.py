@@ -51,6 +51,7 @@ class TrainingDisplay:
                 TextColumn("left"),
                 console=self.console,
                 transient=True,
+                speed_estimate_period=3600,  # seconds: a step may take minutes
             )
             self.task = self.progress.add_task("training", total=steps, completed=start, loss=float("nan"), speed=0.0)
         self._begin_epoch()

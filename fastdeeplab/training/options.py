@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdeeplab.atomic import replace_when_complete
+from fastdeeplab.checkpoint import PUBLISHED
 from fastdeeplab.data import DATASETS
 
 
@@ -45,6 +46,7 @@ TEXT = Kind(str, lambda value: isinstance(value, str) and bool(value), "a text")
 FLAG = Kind(bool, lambda value: isinstance(value, bool), "true or false")
 COUNT = _integer(1, "a positive integer")
 NATURAL = _integer(0, "an integer from 0 up")
+SEED = Kind(int, lambda value: type(value) is int and 0 <= value < 2**63, f"an integer from 0 to {2**63 - 1}")
 POSITIVE = _number(lambda value: value > 0, "a positive number")
 NOT_NEGATIVE = _number(lambda value: value >= 0, "a number from 0 up")
 FRACTION = _number(lambda value: 0 <= value <= 1, "a number from 0 to 1")
@@ -68,7 +70,8 @@ def _list(type_: type, each: Kind, allowed: str, length: int | None = None) -> K
     return Kind(str, accepts, allowed, parse)
 
 
-WEIGHTS = _list(float, NOT_NEGATIVE, "numbers from 0 up, one per class")
+NOT_NEGATIVES = _list(float, NOT_NEGATIVE, "numbers from 0 up, one per class, not all 0")
+WEIGHTS = dataclasses.replace(NOT_NEGATIVES, accepts=lambda values: NOT_NEGATIVES.accepts(values) and any(values))
 FOUR_COUNTS = _list(int, COUNT, "4 positive integers", length=4)
 NAMES = _list(str, TEXT, "names")
 CLASSES = Kind(
@@ -146,7 +149,7 @@ class TrainingOptions:
     channels_last: bool = option(True, FLAG, "Memory layout of weights and images.")
     compile: bool = option(False, FLAG, "torch.compile the network.")
 
-    seed: int = option(0, NATURAL, "Of the weights, the pictures' order and the augmentation.")
+    seed: int = option(0, SEED, "Of the weights, the pictures' order and the augmentation.")
     workers: int = option(2, NATURAL, "Processes that read pictures, for each process that trains.")
     device: str | None = option(None, TEXT, "Such as cpu or cuda:0, by default a GPU if there is one.")
     checkpoint_every: int = option(0, NATURAL, "Steps between checkpoints; 0 writes one at the end of each epoch only.")
@@ -166,8 +169,12 @@ class TrainingOptions:
 
 
 OPTIONS = {field.name: field for field in fields(TrainingOptions)}
-# What the weights do not depend on.
-FREE_ON_RESUME = ("out", "workers", "checkpoint_every", "tensorboard", "check_data")
+PATHS = ("out", "root", "images", "masks", "pretrained")
+# What the weights do not depend on: how the run goes on, and where; the pictures must be the same, by their names.
+FREE_ON_RESUME = (
+    "out", "root", "images", "masks", "device", "workers", "checkpoint_every", "tensorboard", "check_data"
+)  # fmt: skip
+OTHER_NAMES = {"learning_rate": "lr"}  # of which no spelling is near
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -184,7 +191,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{os.fspath(path)} is no TOML file: {error}") from error
     for name in values:
         if name not in OPTIONS:
-            nearest = difflib.get_close_matches(name, OPTIONS, 1, cutoff=0)[0]
+            nearest = OTHER_NAMES.get(name) or difflib.get_close_matches(name, OPTIONS, 1, cutoff=0)[0]
             raise ValueError(f"{os.fspath(path)}: there is no option {name!r}; the nearest is {nearest!r}")
     return values
 
@@ -204,6 +211,16 @@ def write_toml(path: str | os.PathLike[str], options: TrainingOptions) -> None:
         tomli_w.dump({name: value for name, value in as_dict(options).items() if value is not None}, file)
 
 
+def with_absolute_paths(options: TrainingOptions) -> TrainingOptions:
+    """The same, from whatever folder they are read."""
+    return dataclasses.replace(options, **{name: _absolute(name, getattr(options, name)) for name in PATHS})
+
+
+def _absolute(name: str, value: Any) -> Any:
+    is_path = name in PATHS and isinstance(value, str) and value not in PUBLISHED
+    return os.path.abspath(value) if is_path else value  # noqa: PTH100 (a link stays one)
+
+
 def as_dict(options: TrainingOptions) -> dict[str, Any]:
     """The values by name, tuples as lists."""
     values = {name: getattr(options, name) for name in OPTIONS}
@@ -216,5 +233,6 @@ def differences(options: Mapping[str, Any], saved: TrainingOptions) -> list[str]
     return [
         f"{name} ({values[name]!r} in the run, {value!r} now)"
         for name, value in options.items()
-        if name not in FREE_ON_RESUME and (list(value) if isinstance(value, tuple) else value) != values[name]
+        if name not in FREE_ON_RESUME
+        and _absolute(name, list(value) if isinstance(value, tuple) else value) != _absolute(name, values[name])
     ]

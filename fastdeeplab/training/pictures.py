@@ -1,5 +1,6 @@
 """The pictures of a training run: opened, checked, shared out, augmented and read ahead."""
 
+import os
 import signal
 import warnings
 import zlib
@@ -35,10 +36,12 @@ def open_pictures(options: TrainingOptions) -> tuple[SegmentationDataset, Segmen
 
 
 def fingerprint(pictures: SegmentationDataset) -> int:
-    """Of the pictures' names in their order: another one where a picture was added, removed or renamed."""
-    return zlib.crc32(
-        "\n".join(pictures.name(index) for index in range(len(pictures))).encode(errors="surrogateescape")
-    )
+    """Of the pictures' names in their order: another one where a picture was added, removed or renamed.
+
+    Not of their folder's, which may have moved.
+    """
+    names = (os.path.basename(pictures.name(index)) for index in range(len(pictures)))  # noqa: PTH119 (also no path)
+    return zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
 
 
 def check_pictures(

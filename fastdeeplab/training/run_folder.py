@@ -19,7 +19,14 @@ import fastdeeplab
 from fastdeeplab.atomic import replace_when_complete
 from fastdeeplab.convert import CheckpointError
 from fastdeeplab.model import ResNetModel
-from fastdeeplab.training.options import TrainingOptions, as_dict, differences, read_toml, write_toml
+from fastdeeplab.training.options import (
+    TrainingOptions,
+    as_dict,
+    differences,
+    read_toml,
+    with_absolute_paths,
+    write_toml,
+)
 from fastdeeplab.weights_file import write_safetensors
 
 FORMAT = 2  # of last.pt
@@ -46,10 +53,14 @@ class RunFolder:
         """Make the folder and write the options into it."""
         self.check_new()
         self.path.mkdir(parents=True, exist_ok=True)
-        write_toml(self.config, options)
+        self.write_options(options)
+
+    def write_options(self, options: TrainingOptions) -> None:
+        """With absolute paths, so that a resume may begin in any folder."""
+        write_toml(self.config, with_absolute_paths(options))
 
     def options(self) -> TrainingOptions:
-        """Those that the run was started with.
+        """Those that the run was started with, or resumed with the last time.
 
         Raises:
             FileNotFoundError: there is no run here.

@@ -15,6 +15,7 @@ from fastdeeplab.checkpoint import PUBLISHED, load_weights
 from fastdeeplab.convert import to_torchvision
 from fastdeeplab.data import SegmentationDataset
 from fastdeeplab.evaluate import Evaluation, evaluate
+from fastdeeplab.kernels.choice import choose
 from fastdeeplab.loss import SegmentationLoss
 from fastdeeplab.model import ResNetModel
 from fastdeeplab.training.interrupts import StopRequest
@@ -58,6 +59,10 @@ class Trainer:
             raise ValueError(f"class_weights must be {len(classes)} numbers, one per class, got {len(weights)}")
         if options.sync_bn and processes.device.type != "cuda":
             raise ValueError("sync_bn needs a GPU for each process; on a CPU there is freeze_bn")
+        dtype = AMP_DTYPES[options.amp] or torch.float32  # of the logits
+        loss = choose(SegmentationLoss.kernel_function, options.loss_kernel, processes.device, dtype)
+        if loss.impl == "nothing":
+            raise ValueError(f"loss_kernel must be another: {loss.why}")
         self.options, self.classes, self.processes, self.steps = options, tuple(classes), processes, steps
         self.step = 0
         self.validation_due = False  # at the end of an epoch, until it is done
