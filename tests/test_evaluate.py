@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ from networks import randomise_batch_norm, small_model
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
+from typer.testing import CliRunner
 
 import fastdeeplab as fdl
+from fastdeeplab import cli
 from fastdeeplab.data import PairedFiles, Shapes
 from fastdeeplab.evaluate import Evaluation, evaluate, write_chart, write_json
 from fastdeeplab.segmenter import IMAGENET_MEAN, IMAGENET_STD
+from fastdeeplab.weights_file import write_safetensors
 
 
 class InMemory:
@@ -225,8 +229,57 @@ def test_fault_17_a_picture_that_can_not_be_read_is_named(tmp_path: Path) -> Non
     Image.new("L", (8, 8)).save(tmp_path / "mask.png")
     (tmp_path / "b.png").write_bytes(b"")
     pairs = [(tmp_path / name, tmp_path / "mask.png") for name in ("a.png", "b.png")]
+    model, dataset = model_of(2), PairedFiles(pairs, "xy")
     with pytest.raises(ValueError, match=r"b\.png: is empty"):
-        evaluate(model_of(2), PairedFiles(pairs, "xy"))
+        evaluate(model, dataset)
+    skipped: list[Exception] = []
+    result = evaluate(model, dataset, skip=skipped.append)
+    assert [str(error) for error in skipped] == [f"{tmp_path / 'b.png'}: is empty"]
+    assert (result.pictures, result.confusion.sum()) == (1, 8 * 8)
+
+
+def run_command(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Of two classes, a and b."""
+    model = model_of(2)
+    training = json.dumps({"classes": ["a", "b"]})
+    write_safetensors(tmp_path / "two.safetensors", model.state_dict(), model.config, {"training": training})
+    return tmp_path / "two.safetensors"
+
+
+def test_fault_17_the_command_goes_on_without_pictures_that_can_not_be_used(weights: Path, tmp_path: Path) -> None:
+    for folder, mode in (("images", "RGB"), ("masks", "L")):
+        (tmp_path / folder).mkdir()
+        for name in "uvw":
+            Image.new(mode, (8, 8)).save(tmp_path / folder / f"{name}.png")
+    (tmp_path / "images/u.png").write_bytes(b"")
+    Image.new("L", (8, 8), 2).save(tmp_path / "masks/v.png")
+    folders = ("--images", tmp_path / "images", "--masks", tmp_path / "masks", "--json", tmp_path / "figures.json")
+    ended = run_command(weights, "--data", "folder", *folders)
+    assert ended.exit_code == 1, ended.output
+    assert f"failed: {tmp_path / 'images/u.png'}: is empty\n" in ended.stderr
+    assert f"failed: {tmp_path / 'masks/v.png'}: has the values 2, which are none of" in ended.stderr
+    assert "2 of 3 pictures failed, and are left out" in ended.stdout
+    assert json.loads((tmp_path / "figures.json").read_text())["pictures"] == 1
+    reordered = run_command(weights, "--data", "folder", *folders, "--classes", "b,a")
+    assert reordered.exit_code == 2
+    assert "error: the classes must be in the checkpoint's order, a,b\n" in reordered.stderr
+
+
+@pytest.mark.parametrize("option", ["--json", "--chart"])
+def test_files_that_can_not_be_written_are_refused_before_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("fastdeeplab.cli.training.load_model", None)
+    for path, message in ((tmp_path, "is a folder, not a file"), (tmp_path / "none/file", "there is no folder")):
+        ended = run_command(option, path)
+        assert (ended.exit_code, message in ended.stderr) == (2, True)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as it is for others than root
+    assert "no permission to write there" in run_command(option, tmp_path / "file").stderr
 
 
 def test_the_table() -> None:

@@ -22,6 +22,7 @@ from fastdeeplab.cli.terminal import (
     listing,
     load_model,
     parse_size,
+    plain,
     progress_bar,
     require,
     stderr,
@@ -147,7 +148,8 @@ def evaluate(
 ) -> None:
     """Compare a model's masks with those of a data set: IoU of every class, their mean, pixel accuracy.
 
-    Pictures keep their own size. A class that neither the targets nor the masks have is left out of the mean.
+    Pictures keep their own size. A class that neither the targets nor the masks have is left out of the mean. A picture
+    that can't be used is named with its reason; the rest is evaluated, and the exit status is 1.
     """
     from fastdeeplab.data import DATASETS, open_dataset
     from fastdeeplab.data.pairs import has_splits
@@ -158,8 +160,14 @@ def evaluate(
     require(dtype is None or dtype in DTYPES, f"--dtype must be {listing(DTYPES)}", dtype)
     require(batch_size >= 1, "--batch-size must be at least 1", batch_size)
     for option, path in (("--json", json), ("--chart", chart)):
-        if path is not None and not path.parent.is_dir():
+        if path is None:
+            continue
+        if not path.parent.is_dir():
             fail(f"{option} {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            fail(f"{option} {path}: is a folder, not a file")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            fail(f"{option} {path}: no permission to write there")
     if chart is not None and importlib.util.find_spec("matplotlib") is None:
         fail("--chart needs the package matplotlib: pip install 'fastdeeplab[plots]'")
     if weights is None and data not in ("shapes", "voc"):
@@ -179,8 +187,9 @@ def evaluate(
         split = "all" if data == "folder" and not divided else "val"
     try:
         names: Any = OPTIONS["classes"].metadata["kind"].parse(classes) if classes else None
+        known = None if chosen == "torchvision" else read_classes(chosen)
         if data == "folder" and names is None:
-            names = (None if chosen == "torchvision" else read_classes(chosen)) or model.config["num_classes"]
+            names = known or model.config["num_classes"]
         dataset = open_dataset(
             data,
             split,
@@ -192,7 +201,16 @@ def evaluate(
             limit=limit,
             size=scene_size,
         )
+        if known and dataset.classes != known and sorted(dataset.classes) == sorted(known):
+            raise ValueError(f"the classes must be in the checkpoint's order, {','.join(known)}")
+        failed = 0
         with progress_bar() as progress:
+
+            def skip(error: Exception) -> None:
+                nonlocal failed
+                failed += 1
+                stderr.print(f"failed: {plain(error)}", style="red")
+
             task = progress.add_task("evaluating", total=len(dataset))
             evaluation = run_evaluation(
                 model,
@@ -200,7 +218,8 @@ def evaluate(
                 batch_size=batch_size,
                 device=place,
                 dtype=None if dtype is None else DTYPES[dtype],
-                progress=lambda done: progress.update(task, completed=done),
+                progress=lambda done: progress.update(task, completed=done + failed),
+                skip=skip,
             )
         console.print(evaluation.table())
         if json is not None:
@@ -212,3 +231,6 @@ def evaluate(
         raise typer.Exit(130) from None
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         fail(str(error))
+    if failed:
+        console.print(f"{failed} of {len(dataset)} pictures failed, and are left out")
+        raise typer.Exit(1)
