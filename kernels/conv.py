@@ -293,7 +293,8 @@ def _launch(
     programs = runs * -(-C_out // tile.block_n) * tile.splits
     adders = adding_programs(out) if tile.splits > 1 else 0
     pitch, pitch_r, pitch_out = _pitch(x), _pitch(out if residual is None else residual), _pitch(out)
-    if max(programs, adders, N * H * W, pixels + tile.block_m, pitch, pitch_r, pitch_out) >= 2**31:
+    far = stride * max(H_out, W_out)
+    if max(programs, adders, N * H * W, pixels + tile.block_m, pitch, pitch_r, pitch_out, far) >= 2**31:
         raise ValueError(
             f"x {tuple(x.shape)} has more pixels than can be indexed with 32 bits, or they lie too far apart"
         )
@@ -323,6 +324,8 @@ def max_registers(tile: Tile, kernels: tuple[int, ...]) -> int | None:
     if tile.block_m * tile.block_n == 64 * 64:
         return 168
     if tile.block_m * tile.block_n == 64 * 32 and kernels == (1,):
+        return 224
+    if (tile.block_m, tile.block_n, tile.block_k) == (128, 64, 32) and len(kernels) > 1:  # fp32
         return 192
     return None
 

@@ -398,17 +398,17 @@ class Machine:
         return most
 
     def product_loops(self) -> list[tuple[int, int]]:
-        """The loops over a matrix product: those that have none inside.
+        """The loops over a matrix product, of those that overlap the smallest.
 
         Code that is rarely needed stands at the end, and its way back looks like a larger loop.
         """
         opcode = next(opcode for opcode in MULTIPLY if self.count(opcode))
-        loops = [loop for loop in self.loops() if self.count(opcode, *loop)]
-        return [
-            (start, stop)
-            for start, stop in loops
-            if not any(start <= first and last <= stop for first, last in loops if (first, last) != (start, stop))
-        ]
+        found: list[tuple[int, int]] = []
+        for start, stop in sorted(self.loops(), key=lambda loop: loop[1] - loop[0]):
+            apart = all(stop < first or last < start for first, last in found)
+            if apart and self.count(opcode, start, stop):
+                found.append((start, stop))
+        return found
 
     def loops(self) -> list[tuple[int, int]]:
         """First and last address of each."""
