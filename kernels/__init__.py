@@ -57,8 +57,8 @@ def conv_bn_relu(
     """Convolution, folded batch norm, residual and ReLU in one pass over the result.
 
     ``relu(F.conv2d(x, weight, stride=..., padding=..., dilation=...) * scale + shift + residual)``. The kernel
-    accumulates in fp32, follows PyTorch's setting of TF32 for convolutions, rounds once, and where padding equals the
-    dilation leaves out the taps that only read padding.
+    accumulates in fp32, follows PyTorch's setting of TF32 for convolutions and rounds once. Of a 3x3 convolution with
+    stride 1 and padding equal to the dilation it can leave out the taps that only read padding: the tile choice says.
 
     Args:
         x: (N, C, H, W) of any strides; channels_last, or a slice of such a tensor's channels, is read as it is.
@@ -66,7 +66,7 @@ def conv_bn_relu(
         scale: (C_out,) fp32, or None for 1.
         shift: (C_out,) fp32.
         residual: (N, C_out, H', W') of x's dtype, or None.
-        stride, padding, dilation: integers, the same for both axes.
+        stride, padding, dilation: integers, the same for both axes; the stride below 2^31.
         relu: whether to end with the ReLU.
         out: where to write the result, or None: (N, C_out, H', W') of x's dtype, channels_last or a slice of such a
             tensor's channels.
@@ -83,7 +83,7 @@ def conv_bn_relu(
     checks.check_map(x, "x")
     checks.check_weight(weight, x)
     checks.check_scale_and_shift(scale, shift, weight.shape[0], x.device)
-    checks.check_count(stride, "stride", 1)
+    checks.check_count(stride, "stride", 1, 2**31 - 1)
     checks.check_count(padding, "padding", 0)
     checks.check_count(dilation, "dilation", 1)
     shape = checks.output_shape(x, weight, stride, padding, dilation)
@@ -114,8 +114,8 @@ def aspp_branches(
     """The convolutions of atrous spatial pyramid pooling side by side: one 1x1 and a 3x3 for each rate.
 
     As the concatenation of ``conv_bn_relu(x, weight, ..., padding=rate, dilation=rate)`` over the weights. The kernel
-    computes all branches in one launch and leaves out the taps that only read padding, at large rates most of them
-    (Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017).
+    computes all branches in one launch (over tensor maps four in each) and leaves out the taps that only read padding,
+    at large rates most of them (Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017).
 
     Args:
         x: (N, C, h, w) of any strides; channels_last, or a slice of such a tensor's channels, is read as it is.

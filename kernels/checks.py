@@ -130,9 +130,11 @@ def check_per_channel(values: Tensor, name: str, channels: int, device: torch.de
         raise ValueError(f"{name} must be on {device} with the rest, got {values.device}")
 
 
-def check_count(value: int, name: str, smallest: int) -> None:
+def check_count(value: int, name: str, smallest: int, largest: int | None = None) -> None:
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool) or value < smallest:
         raise ValueError(f"{name} must be an integer from {smallest} up, got {value!r}")
+    if largest is not None and value > largest:
+        raise ValueError(f"{name} must be at most {largest}, got {value!r}")
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
