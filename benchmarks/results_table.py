@@ -1,8 +1,9 @@
-"""The README's table of results, made from ``benchmarks/results/*.csv`` and nothing else.
+"""The README's tables of results, made from ``benchmarks/results/*.csv`` and nothing else.
 
-``python -m benchmarks.results_table`` writes it between ``<!-- results -->`` and ``<!-- /results -->`` in README.md,
-``--check`` only says whether it is up to date. Only what was measured on a GPU at a commit is shown, for each GPU the
-newest commit, driver, torch and triton in its file. GPUs and commits are never mixed.
+``python -m benchmarks.results_table`` writes them in README.md, those of GPUs between ``<!-- results -->`` and
+``<!-- /results -->``, those of CPUs, in fp32, between ``<!-- results on CPUs -->`` and ``<!-- /results on CPUs -->``;
+``--check`` only says whether they are up to date. Only what was measured at a commit is shown, for each device the
+newest commit, driver, torch and triton in its file. Devices and commits are never mixed.
 """
 
 import argparse
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for ``python -m``: t
 from harness import RESULTS, ROOT
 from plot import Row, heading, newest_run, read
 
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+ON_GPUS, ON_CPUS = "results", "results on CPUs"
 NOTHING = "No result of a GPU has been recorded yet."
 PEERS = ("torchvision", "layers")  # the latter where torchvision could not be imported
 COLUMNS = {  # implementations by the end of their name, the best of several
@@ -29,13 +30,11 @@ COLUMNS = {  # implementations by the end of their name, the best of several
 }
 
 
-def measured_on_gpus(files: Sequence[Path]) -> list[Row]:
-    """The rows of whole networks that have a GPU, a commit and a time."""
-    rows = [row for file in files for row in read(file)]
+def measured(files: Sequence[Path], *, on_gpus: bool) -> list[Row]:
+    """The rows of whole networks that have a commit and a time, of GPUs or of CPUs."""
+    rows = [row for file in files for row in read(file) if bool(row["driver"]) == on_gpus]
     return [
-        row
-        for row in rows
-        if row["kernel"].startswith("predict ") and row["driver"] and row["p50_ms"] and is_committed(row["commit"])
+        row for row in rows if row["kernel"].startswith("predict ") and row["p50_ms"] and is_committed(row["commit"])
     ]
 
 
@@ -48,6 +47,40 @@ def results_text(rows: Sequence[Row]) -> str:
     if not rows:
         return NOTHING
     return "\n\n".join(gpu_text(list(rows), device) for device in sorted({row["device"] for row in rows}))
+
+
+def cpus_text(rows: Sequence[Row]) -> str:
+    """A table per CPU and network, a column per size."""
+    found = [newest_run(list(rows), device) for device in sorted({row["device"] for row in rows})]
+    return "\n\n".join(text for run in found for text in cpu_texts(run))
+
+
+def cpu_texts(run: Sequence[Row]) -> Iterator[str]:
+    for kernel in dict.fromkeys(row["kernel"] for row in run):
+        times: dict[str, dict[str, Row]] = {}
+        for row in run:
+            if row["kernel"] == kernel and row["dtype"] == "float32":
+                times.setdefault(row["shape"], {})[row["implementation"]] = row
+        sizes = {
+            shape: (peer, found["fastdeeplab"])
+            for shape, found in times.items()
+            if "fastdeeplab" in found and (peer := best(found, COLUMNS["eager fp32"]))
+        }
+        lines = {
+            "torchvision, ms": [f"{float(peer['p50_ms']):.0f}" for peer, _ in sizes.values()],
+            "fastdeeplab, ms": [f"{float(own['p50_ms']):.0f}" for _, own in sizes.values()],
+            "times as fast": [f"{float(peer['p50_ms']) / float(own['p50_ms']):.2f}" for peer, own in sizes.values()],
+            "peak memory of torchvision, MiB": [f"{mebibytes(peer):.0f}" for peer, _ in sizes.values()],
+            "of fastdeeplab, MiB": [f"{mebibytes(own):.0f}" for _, own in sizes.values()],
+        }
+        if sizes:
+            table = [["", *sizes], ["---"] * (len(sizes) + 1), *([name, *cells] for name, cells in lines.items())]
+            network = f"{kernel.removeprefix('predict ')}, {heading(run[0])}:"
+            yield "\n".join([network, "", *(f"| {' | '.join(cells)} |" for cells in table)])
+
+
+def mebibytes(row: Row) -> float:
+    return float(row["peak_memory_bytes"]) / 2**20
 
 
 def gpu_text(rows: list[Row], device: str) -> str:
@@ -79,17 +112,22 @@ def best(rows: dict[str, Row], ends: Sequence[str]) -> Row | None:
     return min((rows[name] for name in names if name in rows), key=lambda row: float(row["p50_ms"]), default=None)
 
 
-def with_results(readme: str, text: str) -> str:
-    """The README with the text between its markers.
+def with_results(readme: str, name: str, text: str) -> str:
+    """The README with the text between the markers of this name.
 
     Raises:
         ValueError: they are not there, once each and in this order.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or readme.count(BEGIN) + readme.count(END) != 2:
-        raise ValueError(f"needs {BEGIN} and, after it, {END}, once each")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+    first, last = markers(name)
+    before, begin, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
+    if not (begin and end) or readme.count(first) + readme.count(last) != 2:
+        raise ValueError(f"needs {first} and, after it, {last}, once each")
+    return f"{before}{first}\n\n{text}\n\n{last}{after}"
+
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         before = options.readme.read_text()
-        after = with_results(before, results_text(measured_on_gpus(sorted(options.results.glob("*.csv")))))
+        files = sorted(options.results.glob("*.csv"))
+        after = with_results(before, ON_GPUS, results_text(measured(files, on_gpus=True)))
+        after = with_results(after, ON_CPUS, cpus_text(measured(files, on_gpus=False)))
     except (OSError, ValueError) as error:
         sys.exit(f"{options.readme}: {error}")
     if options.check:

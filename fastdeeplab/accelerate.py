@@ -14,13 +14,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdeeplab import packed
-from fastdeeplab.backbone import LAYERS
-from fastdeeplab.fusion import Affine, FoldedBatchNorm, PackedAffine, PaddedClassifier, is_served
+from fastdeeplab.backbone import LAYERS, Bottleneck, ResNet
+from fastdeeplab.fusion import DROPOUTS, Affine, FoldedBatchNorm, PackedAffine, PaddedClassifier, is_served
 from fastdeeplab.graphs import Graphs, Recorder, check_device, check_lazy, check_shapes
+from fastdeeplab.head import ASPP, ASPPPooling
 from fastdeeplab.kernels.choice import DTYPES
 from fastdeeplab.kernels.library import FP16_SAFE
 from fastdeeplab.model import Kernels, ResNetModel, upsample_logits
 from fastdeeplab.tuner import Tuned, shown_progress, tune_network
+
+# Parts that are known by what they are made of: their class, of whichever name, has one forward. The others are
+# sequences or PyTorch's own layers.
+WITH_OWN_FORWARD = (ResNetModel, ResNet, Bottleneck, ASPP, ASPPPooling)
 
 
 def accelerate(
@@ -39,7 +44,8 @@ def accelerate(
         The copy, on the model's device, in eval mode; see ``AcceleratedModel``.
 
     Raises:
-        ValueError: the model is no such DeepLabV3, with the name of what does not fit; or another argument is invalid.
+        ValueError: the model is no such DeepLabV3, with the name of what does not fit, be it a forward of its own or a
+            forward hook; or another argument is invalid.
     """
     source = _Source(model)
     if dtype is None:
@@ -68,12 +74,12 @@ class AcceleratedModel(ResNetModel):
     """What ``accelerate`` returns: a ``ResNetModel`` in eval mode for good, with folded batch norms.
 
     It has no auxiliary head, takes images of any floating-point dtype, casts them to its own, and returns logits in its
-    own dtype, ``out`` contiguous. It never computes gradients, whether they are enabled or not, and is not affected by
-    autocast. Hooks on convolutions, batch norms and ReLUs inside are not called; those on blocks, stages and heads are.
+    own dtype, contiguous at full size. It never computes gradients, whether they are enabled or not, and is not
+    affected by autocast. Hooks on convolutions, batch norms and ReLUs inside are not called; those on blocks, stages and heads are.
 
     ``copy.deepcopy``, ``pickle`` and ``.to(device)`` work. ``state_dict`` holds the folded weights, for another
-    accelerated copy of the same network. ``.half()`` and ``.to(dtype)`` round the folded weights a second time, where
-    ``accelerate(model, dtype=...)`` rounds once; shifts stay fp32. ``train()`` raises.
+    accelerated copy of a network of this structure. ``.half()`` and ``.to(dtype)`` round the folded weights a second
+    time, where ``accelerate(model, dtype=...)`` rounds once; shifts stay fp32. ``train()`` raises.
 
     On a CPU, in fp32, convolutions whose result has fewer than 4096 pixels keep their weights once more, in the layout
     that oneDNN computes with, from the second run on images of a shape: at most three times, where images differ much
@@ -162,9 +168,21 @@ class AcceleratedModel(ResNetModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``ResNetModel.load_state_dict``."""
         self._packed = None
-        if assign:
+        norms = {name: norm for name, norm in self.named_modules() if isinstance(norm, FoldedBatchNorm)}
+        # Weights of other values may keep scales where these have none, or the other way round.
+        added = [norm for name, norm in norms.items() if f"{name}.scale" in state_dict and norm.scale is None]
+        absent = [name for name, norm in norms.items() if f"{name}.shift" in state_dict and norm.scale is not None]
+        ones = {f"{name}.scale": torch.ones_like(norms[name].shift) for name in absent}
+        if assign or added:
             self.drop_captures()
-        return super().load_state_dict(state_dict, strict, assign)
+        for norm in added:
+            norm.scale = nn.Parameter(torch.ones_like(norm.shift), requires_grad=False)
+        try:
+            return super().load_state_dict(ones | dict(state_dict), strict, assign)
+        except Exception:
+            for norm in added:
+                norm.scale = None
+            raise
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.drop_captures()
@@ -254,17 +272,29 @@ class _Source:
     def check_children(self, fast: nn.Module) -> None:
         """No part of the model may be one that the copy does not have, and what has no weights must be the same."""
         for name, module in fast.named_modules():
-            if not name or name == "upsample_argmax":
+            if name == "upsample_argmax":
                 continue
             part = self.part(name)
-            if not isinstance(module, nn.Conv2d | _BatchNorm):
+            self.check_forward(name or "model", module, part)
+            if name and not isinstance(module, nn.Conv2d | _BatchNorm):
                 extra = [child for child, _ in part.named_children() if child not in dict(module.named_children())]
                 if extra:
                     self.fail(f"{name} has a {extra[0]}, which is not known")
             if isinstance(module, nn.ReLU) and not isinstance(part, nn.ReLU):
                 self.fail(f"{name} is a {type(part).__name__}, not a ReLU")
+            if isinstance(module, nn.Dropout) and not isinstance(part, DROPOUTS):
+                self.fail(f"{name} is a {type(part).__name__}, not a Dropout")
             if isinstance(module, nn.MaxPool2d | nn.AdaptiveAvgPool2d) and _settings(module) != _settings(part):
                 self.fail(f"{name} is {part}, not {module}")
+
+    def check_forward(self, name: str, module: nn.Module, part: Any) -> None:
+        """A part must compute what its class is known to compute: neither a hook nor a subclass may change that."""
+        if part._forward_hooks or part._forward_pre_hooks:
+            self.fail(f"{name} has a forward hook, which the copy would not call: remove it, and hook the copy")
+        own = [each for each in type(part).__mro__ if "forward" in vars(each) and not _is_of_torch(each)]
+        known = type(part).forward is type(module).forward or type(part).__name__ == "FrozenBatchNorm2d"
+        if "forward" in vars(part) or not (known or len(own) <= isinstance(module, WITH_OWN_FORWARD)):
+            self.fail(f"{name} is a {type(part).__name__} whose forward is not known")
 
     def conv(self, name: str) -> nn.Conv2d:
         """A convolution that a call of the kernels can replace."""
@@ -330,6 +360,10 @@ def _fold(
             rest = rest.float()
     weight = weight.to(dtype, memory_format=torch.channels_last)
     return weight, FoldedBatchNorm(shift.float(), rest)
+
+
+def _is_of_torch(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn.")
 
 
 def _settings(pool: Any) -> tuple[Any, ...]:

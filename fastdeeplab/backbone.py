@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fastdeeplab.fusion import Affine, conv_bn_relu
+from fastdeeplab.fusion import NORMS, Affine, conv_bn_relu, is_chain
 from fastdeeplab.kernels.choice import why_not_kernel_size
 
 EXPANSION = 4  # output channels of a bottleneck over the channels of its 3x3 convolution
@@ -50,7 +50,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor, affine: Affine | None = None) -> Tensor:
-        if affine is not None:
+        if affine is not None and is_chain(self.downsample, nn.Conv2d, NORMS):
             return self._fused(x, affine)
         residual = x if self.downsample is None else self.downsample(x)
         y = self.relu(self.bn1(self.conv1(x)))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastdeeplab import kernels, packed
 from fastdeeplab.accelerate import AcceleratedModel
+from fastdeeplab.fusion import FUSED
 from fastdeeplab.model import ResNetModel
 
 Rows = list[tuple[str, ...]]
@@ -34,8 +35,8 @@ def explain(module: nn.Module, images: Tensor | None = None) -> str:
     """
     if images is not None:
         table = _table([("module", "function", "layer", "runs", "because"), *_layers(module, images)])
-        accelerated = any(isinstance(part, AcceleratedModel) for part in module.modules())
-        return f"{table}\n\n{PACKED}" if accelerated and packed.can_run(images) else table
+        dtypes = {part.backbone.conv1.weight.dtype for part in module.modules() if isinstance(part, AcceleratedModel)}
+        return f"{table}\n\n{PACKED}" if any(packed.can_run(images.to(dtype)) for dtype in dtypes) else table
     tensors = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32
     if (tensor := next(tensors, None)) is not None:
@@ -83,7 +84,7 @@ def names_of_calls(module: nn.Module, found: Sequence[object]) -> Iterator[list[
 
     handles, running = [], [""]
     for name, part in module.named_modules():
-        if isinstance(part, nn.Conv2d | nn.ReLU | nn.modules.batchnorm._BatchNorm):
+        if isinstance(part, FUSED) or (isinstance(part, nn.Sequential) and not hasattr(part, "kernel_function")):
             continue  # watched, they would run one by one
 
         def enter(*_: object, name: str = name or type(part).__name__) -> None:

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from fastdeeplab import kernels
 from fastdeeplab.kernels import library
 from fastdeeplab.packed import PackedWeights
 
 CLASSES_MULTIPLE = 8  # of the channels that a frozen classifier computes
+DROPOUTS = (_DropoutNd, nn.Identity)  # nothing in eval mode
+FUSED = (nn.Conv2d, _BatchNorm, nn.ReLU, _DropoutNd)  # layers that are not called
 
 Affine = Mapping[nn.Module, tuple[Tensor | None, Tensor]]  # of each batch norm: scale (None for 1) and shift, (C,) fp32
 
@@ -64,6 +67,9 @@ class FoldedBatchNorm(nn.Module):
         return f"{len(self.shift)}" + ("" if self.scale is None else ", scaled")
 
 
+NORMS = (_BatchNorm, FoldedBatchNorm)
+
+
 def affine_of_batch_norms(model: nn.Module) -> Affine | None:
     """Scale and shift of every batch norm, if the model can run fused: convolution and batch norm as one.
 
@@ -73,7 +79,7 @@ def affine_of_batch_norms(model: nn.Module) -> Affine | None:
     """
     if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled(_device(model).type):
         return None
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | _BatchNorm | nn.ReLU)]
+    layers = [module for module in model.modules() if isinstance(module, FUSED)]
     if not all(map(_is_plain, layers)):
         return None
     norms: list[Any] = [layer for layer in layers if isinstance(layer, _BatchNorm)]
@@ -86,6 +92,14 @@ def affine_of_batch_norms(model: nn.Module) -> Affine | None:
     scales: Any = torch._foreach_div([weight.float() for weight in weights], deviations)
     shifts: Any = torch._foreach_sub([bias.float() for bias in biases], torch._foreach_mul(means, scales))
     return dict(zip(norms, zip(scales, shifts, strict=True), strict=True))
+
+
+def is_chain(container: nn.Module | None, *layers: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+    """Whether a container, or None, is these layers and no hook waits for it: they may be run without calling it."""
+    if container is None:
+        return True
+    children = list(container.children())
+    return not _is_hooked(container) and len(children) == len(layers) and all(map(isinstance, children, layers))
 
 
 class PaddedClassifier(nn.Conv2d):
@@ -194,7 +208,7 @@ def aspp_projection(
     """``relu(norm(conv(cat(branches, pooled))))``, ``pooled`` spread over the map; see ``kernels.aspp_projection``."""
     scale, shift = affine[norm]
     if (weights := _packed_weights(affine, "aspp_projection", kernel, branches, scale)) is not None:
-        own, shifts = library.split_projection(branches, pooled, conv.weight, None, shift)
+        own, shifts = library.split_projection(branches, pooled, conv.weight.data, None, shift)
         y = weights.convolve(conv, branches, own, shifts)
         if y is not None:
             return y
@@ -223,11 +237,15 @@ def is_served(conv: nn.Conv2d) -> bool:
     return conv.groups == 1 and conv.padding_mode == "zeros" and same_both_ways
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a call of the kernels does the same."""
-    if type(layer) not in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU):
+    if type(layer) not in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU) and not isinstance(layer, _DropoutNd):
         return False
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    if _is_hooked(layer):
         return False
     if isinstance(layer, nn.Conv2d):
         return is_served(layer)

@@ -83,16 +83,25 @@ class ASPP(nn.Module):
         self.project = nn.Sequential(*conv_bn_relu(len(self.convs) * channels, channels), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, affine: Affine | None = None) -> Tensor:
-        if affine is None:
-            return self.project(torch.cat([conv(x) for conv in self.convs], dim=1))
         parts: list[Any] = list(self.convs)
         *atrous, pooling = parts
+        if affine is None or not self._can_be_fused(atrous, pooling):
+            return self.project(torch.cat([conv(x) for conv in self.convs], dim=1))
         convs, norms = [conv for conv, _, _ in atrous], [norm for _, norm, _ in atrous]
         branches = fusion.aspp_branches(convs, norms, x, affine, kernel=self.kernel)
         pool, conv, norm, _ = pooling
         pooled = fusion.conv_bn_relu(conv, norm, pool(x), affine, kernel="torch")  # a pixel per image
         projection: Any = self.project
         return fusion.aspp_projection(projection[0], projection[1], branches, pooled, affine, kernel=self.kernel)
+
+    def _can_be_fused(self, atrous: Sequence[nn.Module], pooling: nn.Module) -> bool:
+        """Whether its containers are as they were built, and no hook waits for one of them to be called."""
+        layers = nn.Conv2d, fusion.NORMS, nn.ReLU
+        return (
+            all(fusion.is_chain(branch, *layers) for branch in atrous)
+            and fusion.is_chain(pooling, nn.AdaptiveAvgPool2d, *layers)
+            and fusion.is_chain(self.project, *layers, fusion.DROPOUTS)
+        )
 
     def extra_repr(self) -> str:
         return f"kernel={self.kernel!r}"

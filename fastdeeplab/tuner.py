@@ -223,5 +223,5 @@ def shown_progress() -> Iterator[Progress]:
         return
     columns = TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False)
     with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("")
-        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
+        task = bar.add_task("", visible=False)  # until there is something to tune
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text, visible=True)

@@ -181,9 +181,13 @@ def conv_pointwise(
 ) -> Tensor:
     """The convolution, then a pass over its result for the residual, one for a shift per image, one for the ReLU.
 
-    In fp16 with a scale, one more.
+    In fp16 with a scale, one more; and in fp32, where it takes less time than to fold the scale into the weight.
     """
-    weight, rest = _folded(weight, scale)
+    pixels = x.numel() // (x.shape[1] * stride**2)
+    if x.dtype == torch.float32 and pixels < weight[0].numel():
+        weight, rest = _channels_last(weight), scale
+    else:
+        weight, rest = _folded(weight, scale)
     bias = shift.to(x.dtype) if shift.ndim == 1 and rest is None else None
     y = F.conv2d(_channels_last(x), weight, bias, stride, padding, dilation)
     if bias is None:

@@ -167,6 +167,11 @@ def _channels_last(x: Tensor, dense: bool = False) -> Tensor:
     return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
 
+def _weight(weight: Tensor) -> Tensor:
+    """Of which views can be taken; they can't of a parameter that was made in inference mode and cast outside it."""
+    return _channels_last(weight.data, dense=True)
+
+
 def _precision(x: Tensor) -> str:
     return convolution_precision(x.device) if x.dtype == torch.float32 else "tf32"
 
@@ -200,7 +205,7 @@ def _convolve(
     shape = output_shape(x, weight, stride, padding, dilation)
     if shape[0] == 0:
         return _empty(x, shape)
-    x, weight = _channels_last(x), _channels_last(weight, dense=True)
+    x, weight = _channels_last(x), _weight(weight)
     residual = None if residual is None else _channels_last(residual)
     target = None if out is None else _channels_last(out)
     layer = Layer.of(
@@ -257,7 +262,7 @@ def _aspp_branches(
 ) -> Tensor:
     if len(x) == 0:
         return _aspp_branches_fake(x, weights)
-    x, weights = _channels_last(x), [_channels_last(weight, dense=True) for weight in weights]
+    x, weights = _channels_last(x), [_weight(weight) for weight in weights]
     layer = Layer.of(
         "aspp_branches", x.shape, weights[-1].shape, x.dtype, dilations=tuple(rates), aligned=_aligned(x, *weights),
         precision=_precision(x),
@@ -291,7 +296,7 @@ def _aspp_projection(
 ) -> Tensor:
     if len(branches) == 0:
         return _aspp_projection_fake(branches, pooled, weight)
-    branches = _channels_last(branches)
+    branches, weight = _channels_last(branches), _weight(weight)
     own_shape = (weight.shape[0], branches.shape[1], 1, 1)
     layer = Layer.of(
         "aspp_projection", branches.shape, own_shape, branches.dtype, aligned=_aligned(branches),
@@ -305,7 +310,7 @@ def _aspp_projection(
     assert decision.tile is not None
     out = _aspp_projection_fake(branches, pooled, weight)
     _launchers(decision.tile).aspp_projection(
-        branches, shift, _channels_last(own_weight, dense=True), None if scale is None else scale.contiguous(), out,
+        branches, shift, _weight(own_weight), None if scale is None else scale.contiguous(), out,
         tile=decision.tile, precision=layer.precision,
     )  # fmt: skip
     return out

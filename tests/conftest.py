@@ -20,7 +20,7 @@ from import_torchvision import torchvision as torchvision
 # The same examples in each run; ``pytest --hypothesis-profile=default`` looks for others.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
-if hasattr(providers, "_get_local_constants"):  # numbers in the modules that happen to be imported would be examples, too
+if hasattr(providers, "_get_local_constants"):  # numbers in imported modules would be, too
     providers._get_local_constants = lambda: providers._local_constants
 
 

@@ -14,10 +14,12 @@ from accuracy import assert_same_masks
 from fastdeeplab.kernels.measure import relative_error
 from networks import randomise_batch_norm, small_model, torchvision_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import fastdeeplab as fdl
 from fastdeeplab import kernels
 from fastdeeplab.accelerate import _fold
+from fastdeeplab.backbone import Bottleneck
 from fastdeeplab.fusion import FoldedBatchNorm
 
 FLAGS = ("conv_bn_relu", "aspp", "upsample_argmax", "upsample_cross_entropy")
@@ -229,6 +231,24 @@ def test_copies_pickles_and_files(tmp_path: Path) -> None:
         fast.save(tmp_path / "model.safetensors")
 
 
+def test_its_state_dict_is_for_weights_of_any_size() -> None:
+    """Some keep scales, which others do not have."""
+    images = torch.randn(1, 3, 33, 33)
+    plain, tiny = trained(), trained()
+    with torch.no_grad():
+        tiny.backbone.layer2[0].bn1.weight.mul_(1e-7)
+    fast, scaled = (fdl.accelerate(model, dtype=torch.float16) for model in (plain, tiny))
+    assert len(scaled.state_dict()) > len(fast.state_dict())
+    expected = [model(images)["out"] for model in (fast, scaled)]
+    states = [copy.deepcopy(model.state_dict()) for model in (fast, scaled)]
+    with pytest.raises(fdl.CheckpointError):
+        fast.load_state_dict(states[1] | {"other": torch.ones(3)})
+    assert fast.state_dict().keys() == states[0].keys()
+    for model, state, logits in ((fast, states[1], expected[1]), (scaled, states[0], expected[0])):
+        model.load_state_dict(state)
+        assert relative_error(model(images)["out"], logits) < 1e-3
+
+
 def test_its_state_dict_is_for_its_like() -> None:
     model, images = trained(), torch.randn(1, 3, 33, 33)
     fast, other = fdl.accelerate(model), fdl.accelerate(trained())
@@ -359,9 +379,49 @@ def with_output_stride_32(model: fdl.ResNetModel) -> None:
         stage[0].conv2.stride = stage[0].downsample[0].stride = (2, 2)
 
 
+def with_another_dropout(model: fdl.ResNetModel) -> None:
+    model.classifier[0].project[3] = nn.Sigmoid()
+
+
+def with_a_hook(model: fdl.ResNetModel) -> None:
+    model.backbone.layer1[0].register_forward_hook(lambda module, given, result: 2 * result)
+
+
+def with_a_weight_of_a_hook(model: fdl.ResNetModel) -> None:
+    prune.random_unstructured(model.backbone.layer1[0].conv1, "weight", 0.5)
+
+
+def with_a_forward_of_its_own(name: str, *, of_class: bool = True) -> Callable[[fdl.ResNetModel], None]:
+    def change(model: fdl.ResNetModel) -> None:
+        part = model.get_submodule(name)
+        kind = type(part)
+
+        class Doubled(kind):  # type: ignore[misc, valid-type]
+            def forward(self, *arguments: Any) -> Any:
+                return 2 * super().forward(*arguments)
+
+        if of_class:
+            part.__class__ = Doubled
+        else:
+            part.forward = lambda *arguments: 2 * kind.forward(part, *arguments)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (with_another_dropout, "classifier.0.project.3 is a Sigmoid, not a Dropout"),
+        (with_a_hook, "backbone.layer1.0 has a forward hook"),
+        (with_a_weight_of_a_hook, "backbone.layer1.0.conv1 has a forward hook"),
+        *(
+            (
+                with_a_forward_of_its_own(name, of_class=of_class),
+                f"{name or 'model'} is a .* whose forward is not known",
+            )
+            for name in ("", "backbone.layer1.0", "backbone.layer1", "backbone.layer1.0.bn1", "classifier.0.convs.1")
+            for of_class in (True, False)
+        ),
         (without_statistics, "backbone.layer1.0.bn1 has no running statistics"),
         (with_group_norm, "backbone.layer1.0.bn1 is a GroupNorm"),
         (with_another_activation, "backbone.layer2.0.relu is a SiLU"),
@@ -378,6 +438,23 @@ def test_what_is_not_known_is_named(change: Callable[[fdl.ResNetModel], None], m
     change(model)
     with pytest.raises(ValueError, match=message):
         fdl.accelerate(model)
+
+
+def test_parts_of_other_names_that_compute_the_same() -> None:
+    """A subclass without a forward of its own, and a copy of a part's code, in a class of another name."""
+    model, images = trained(), torch.randn(1, 3, 33, 33)
+    expected = exact_logits(model, images)
+
+    class Renamed(type(model.backbone.layer1[0])):  # type: ignore[misc]
+        pass
+
+    class Copied(nn.Module):
+        forward, _fused = Bottleneck.forward, Bottleneck._fused
+
+    model.backbone.layer1[0].__class__ = Renamed
+    model.backbone.layer2[0].__class__ = Copied
+    model.classifier[0].project[3] = nn.Identity()
+    assert relative_error(fdl.accelerate(model)(images)["out"], expected) < 1e-5
 
 
 def test_other_arguments() -> None:

@@ -10,7 +10,7 @@ from fastdeeplab.kernels.measure import peak_memory
 from networks import small_model
 
 import fastdeeplab as fdl
-from fastdeeplab import kernels
+from fastdeeplab import explanation, kernels
 
 
 def test_a_model_and_a_loss_on_a_cpu() -> None:
@@ -104,6 +104,14 @@ def test_a_run_says_what_was_measured_and_what_is_predicted(monkeypatch: pytest.
     lines = fdl.explain(small_model(), torch.randn(1, 3, 64, 64)).splitlines()
     assert sum(line.endswith("measured on NVIDIA H200") for line in lines) == 5
     assert sum(line.endswith("predicted: for this test") for line in lines) == len(lines) - 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_weights_are_told_of_where_they_serve(dtype: torch.dtype) -> None:
+    """The model's dtype decides, to which images are cast."""
+    model = fdl.accelerate(small_model().eval(), dtype=dtype)
+    for images in (torch.randn(1, 3, 33, 33), torch.randn(1, 3, 33, 33, dtype=torch.float64)):
+        assert (explanation.PACKED in fdl.explain(model, images)) == (dtype == torch.float32)
 
 
 def flags(model: torch.nn.Module) -> dict[str, str]:

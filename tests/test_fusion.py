@@ -133,6 +133,20 @@ def test_no_weight_is_stale_after_half() -> None:
     assert relative_error(fused(model, images.half().float()), found[-1]) < 1e-5
 
 
+def test_weights_of_inference_mode_that_were_cast_outside() -> None:
+    """PyTorch lets nobody take views of these parameters."""
+    images = torch.randn(1, 3, 33, 33)
+    with torch.inference_mode():
+        model = trained()
+        fast = fdl.accelerate(model)
+        expected = model.logits(images)["out"]
+    for cast in (model, fast):
+        with pytest.raises(RuntimeError, match="do not track version counter"):
+            cast.double().float().classifier[0].project[0].weight.view(-1)
+        with torch.no_grad():
+            assert relative_error(cast.logits(images)["out"], expected) < 1e-5
+
+
 def test_where_pytorchs_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained()
     assert affine_of_batch_norms(model) is None  # gradients are enabled
@@ -145,9 +159,10 @@ def test_where_pytorchs_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
         model.backbone.bn1.train()
         assert affine_of_batch_norms(model) is None
         model.eval()
-        handle = model.backbone.layer1[0].conv1.register_forward_hook(lambda *_: None)
-        assert affine_of_batch_norms(model) is None
-        handle.remove()
+        for layer in (model.backbone.layer1[0].conv1, model.classifier[0].project[3]):
+            handle = layer.register_forward_hook(lambda *_: None)
+            assert affine_of_batch_norms(model) is None
+            handle.remove()
         assert affine_of_batch_norms(model) is not None
 
         class Other(nn.Conv2d):
@@ -203,6 +218,28 @@ def test_weights_stay_channels_last() -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             assert module.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_containers_that_are_hooked_or_replaced_are_called() -> None:
+    """The block or ASPP that holds them runs layer by layer then."""
+    model, images = trained(), torch.randn(1, 3, 33, 33)
+    before = fused(model, images)
+    for name in (
+        "backbone.layer2.0.downsample",
+        "classifier.0.convs.1",
+        "classifier.0.convs.4",
+        "classifier.0.project",
+    ):
+        handle = model.get_submodule(name).register_forward_hook(lambda module, given, result: 2 * result)
+        doubled = fused(model, images)
+        assert relative_error(doubled, before) > 1e-3, name
+        assert relative_error(doubled, layer_by_layer(model, images)) < 1e-5, name
+        handle.remove()
+    model.classifier[0].project[3] = nn.Sigmoid()
+    model.backbone.layer2[0].downsample.insert(0, nn.AvgPool2d(1))
+    changed = fused(model, images)
+    assert relative_error(changed, before) > 1e-3
+    assert relative_error(changed, layer_by_layer(model, images)) < 1e-5
 
 
 def test_hooks_on_blocks_and_stages_fire() -> None:

@@ -11,7 +11,9 @@ from test_harness import a_row
 
 from fastdeeplab.speed.rivals import Network, rivals_of
 
-EMPTY = f"before\n{results_table.BEGIN}\n{results_table.END}\nafter\n"
+BEGIN, END = results_table.markers(results_table.ON_GPUS)
+CPUS = "\n\n".join(results_table.markers(results_table.ON_CPUS))
+EMPTY = f"before\n{BEGIN}\n{END}\n{CPUS}\nafter\n"
 
 
 def measured(implementation: str, milliseconds: float | None, **changes: object) -> Row:
@@ -34,7 +36,7 @@ ROWS = (
 def text_of(folder: Path, *rows: Row) -> str:
     for row in rows:
         Results(folder / f"{row.device}.csv").append(row)
-    return results_table.results_text(results_table.measured_on_gpus(sorted(folder.glob("*.csv"))))
+    return results_table.results_text(results_table.measured(sorted(folder.glob("*.csv")), on_gpus=True))
 
 
 def test_images_per_second_ratios_and_share_of_the_floor(tmp_path: Path) -> None:
@@ -62,6 +64,32 @@ def test_networks_come_as_they_were_measured(tmp_path: Path) -> None:
     shapes = ("8x3x512x512 K=21", "1x3x1024x2048 K=19", "8x3x512x512 K=150")
     text = text_of(tmp_path, *(measured("fastdeeplab", 1.0, shape=shape) for shape in shapes))
     assert [text.index(shape) for shape in shapes] == sorted(text.index(shape) for shape in shapes)
+
+
+def test_a_cpus_times_memory_and_ratio(tmp_path: Path) -> None:
+    on_cpu = {"device": "a CPU", "driver": "", "dtype": "float32"}
+    memory = {"torchvision-fp32": 2**20, "fastdeeplab": 3 * 2**20}
+    for implementation, milliseconds, shape in (
+        ("torchvision-fp32", 30.0, "1x3x33x33 K=21"),
+        ("fastdeeplab", 12.0, "1x3x33x33 K=21"),
+        ("torchvision-fp32", 100.0, "1x3x65x65 K=21"),  # whose rival is missing
+    ):
+        row = measured(implementation, milliseconds, shape=shape, peak_memory_bytes=memory[implementation], **on_cpu)
+        text_of(tmp_path, row)
+    text_of(tmp_path, measured("fastdeeplab", 1.0, **(on_cpu | {"dtype": "bfloat16"})), *ROWS)
+    text = results_table.cpus_text(results_table.measured(sorted(tmp_path.glob("*.csv")), on_gpus=False))
+    lines = text.splitlines()
+    assert lines[0].startswith("R50 OS8, a CPU, torch ")
+    assert lines[0].endswith("commit abc:")
+    assert lines[2:] == [
+        "|  | 1x3x33x33 K=21 |",
+        "| --- | --- |",
+        "| torchvision, ms | 30 |",
+        "| fastdeeplab, ms | 12 |",
+        "| times as fast | 2.50 |",
+        "| peak memory of torchvision, MiB | 1 |",
+        "| of fastdeeplab, MiB | 3 |",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +128,9 @@ def test_the_readme_is_rewritten_between_its_markers(tmp_path: Path) -> None:
     assert readme.read_text() == EMPTY
     results_table.main(options)
     results_table.main([*options, "--check"])
-    assert readme.read_text() == EMPTY.replace("results -->\n<", f"results -->\n\n{results_table.NOTHING}\n\n<")
+    filled = f"{BEGIN}\n\n{results_table.NOTHING}\n\n{END}"
+    expected = EMPTY.replace(f"{BEGIN}\n{END}", filled).replace("-->\n\n<", "-->\n\n\n\n<")
+    assert readme.read_text() == expected
     text_of(results, *ROWS)
     with pytest.raises(SystemExit, match="not up to date"):
         results_table.main([*options, "--check"])
@@ -114,8 +144,8 @@ def test_the_readme_is_rewritten_between_its_markers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", results_table.BEGIN, f"{results_table.END}{results_table.BEGIN}", EMPTY * 2],
-    ids=["none", "one", "swapped", "twice"],
+    [CPUS, BEGIN + CPUS, f"{END}{BEGIN}{CPUS}", EMPTY * 2, f"{BEGIN}{END}"],
+    ids=["none", "one", "swapped", "twice", "no CPUs"],
 )
 def test_markers_that_do_not_fit_are_said(tmp_path: Path, text: str) -> None:
     readme = tmp_path / "README.md"
@@ -125,6 +155,6 @@ def test_markers_that_do_not_fit_are_said(tmp_path: Path, text: str) -> None:
     assert readme.read_text() == text
 
 
-@pytest.mark.skipif(results_table.BEGIN not in (ROOT / "README.md").read_text(), reason="the README has no markers")
+@pytest.mark.skipif(BEGIN not in (ROOT / "README.md").read_text(), reason="the README has no markers")
 def test_the_readme_is_up_to_date() -> None:
     results_table.main(["--check"])

@@ -503,7 +503,7 @@ def test_tuning_on_a_gpu(device: torch.device) -> None:
     decided = {layer: decision for layer, decision in found if decision.why != "as asked for"}  # the pooled branch
     served = {layer for layer in decided if tuner._count_candidates(layer, device)}
     assert any(isinstance(layer, Tail) for layer in served)
-    assert all(decided[layer].why.startswith("measured on") for layer in served)
+    assert all("measured on" in decided[layer].why for layer in served)  # the stem's form, which no tile choice serves
     assert {layer for layer, decision in decided.items() if decision.impl == "triton"} == {
         row.measurement.layer for row in tuned.rows if row.winner == "kernel"
     } & set(decided)
