@@ -75,7 +75,8 @@ class AcceleratedModel(ResNetModel):
 
     It has no auxiliary head, takes images of any floating-point dtype, casts them to its own, and returns logits in its
     own dtype, contiguous at full size. It never computes gradients, whether they are enabled or not, and is not
-    affected by autocast. Hooks on convolutions, batch norms and ReLUs inside are not called; those on blocks, stages and heads are.
+    affected by autocast. Hooks on convolutions, batch norms, ReLUs and dropout inside are not called; those on what
+    holds them are.
 
     ``copy.deepcopy``, ``pickle`` and ``.to(device)`` work. ``state_dict`` holds the folded weights, for another
     accelerated copy of a network of this structure. ``.half()`` and ``.to(dtype)`` round the folded weights a second

@@ -235,6 +235,9 @@ def test_containers_that_are_hooked_or_replaced_are_called() -> None:
         assert relative_error(doubled, before) > 1e-3, name
         assert relative_error(doubled, layer_by_layer(model, images)) < 1e-5, name
         handle.remove()
+    fast = fdl.accelerate(model)
+    fast.classifier[0].convs[1].register_forward_hook(lambda module, given, result: 0 * result)
+    assert relative_error(fast.logits(images)["out"], before) > 1e-3
     model.classifier[0].project[3] = nn.Sigmoid()
     model.backbone.layer2[0].downsample.insert(0, nn.AvgPool2d(1))
     changed = fused(model, images)
