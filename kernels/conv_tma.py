@@ -183,6 +183,9 @@ def aspp_branches(
 ) -> None:
     """Write the branches of ASPP, one 1x1 and a 3x3 for each rate, side by side to ``out``, by ``"boxes_tma"``.
 
+    In one launch for each WEIGHTS of them, whole branches in the order of their work: the 3x3 ones by rate, then the
+    1x1. Within a branch the boxes come as they lie on the map, however many taps they execute.
+
     Args:
         x: (N, C, H, W); out: (N, (1 + len(rates)) * C_b, H, W), dense channels_last or channel slices of such.
         weights: (C_b, C, 1, 1) and one (C_b, C, 3, 3) for each rate, in channels_last memory.
@@ -231,7 +234,7 @@ def _launch(
     slots, C_out, splits = len(weights), weights[0].shape[0], tile.splits
     if C_out * out.element_size() % 16:
         raise ValueError(f"a tensor map writes chunks of 16 bytes: {C_out} channels of {out.dtype} are no whole number")
-    # Those with the most work first, so that the last programs are short. No tap reaches farther than past the map.
+    # Those with the most work first: the last programs are mostly short. No tap reaches farther than past the map.
     convolutions = sorted(
         ((i, weights[i].shape[2], min(dilations[i], max(H, W))) for i in range(slots)), key=lambda c: (-c[1], c[2])
     )

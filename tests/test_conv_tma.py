@@ -1,14 +1,14 @@
 """The kernels over tensor maps against fp64 PyTorch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fastdeeplab.kernels import conv_tma
-from fastdeeplab.kernels.candidates import TILES, Gpu, Layer, Tile, tiles_for
+from fastdeeplab.kernels import conv, conv_tma
+from fastdeeplab.kernels.candidates import TILES, Gpu, Layer, Tile, splits_of, tiles_for
 from fastdeeplab.kernels.conv_tma import aspp_branches, aspp_projection, conv_bn_relu
 from fastdeeplab.kernels.measure import relative_error
 from guard_bands import assert_kept, banded_allocations
@@ -26,6 +26,10 @@ SLACK = {  # the kernel adds the products in another order than PyTorch; with 16
     torch.float16: 2**-14,
     torch.bfloat16: 2**-11,
 }
+# Where tensor cores cut fp32 values off as they become TF32, to 10 bits after the leading one, and PyTorch rounds: each
+# factor loses 0.36 * 2^-10 on average, always towards zero, so that sums of products shrink by 2^-10.5. (Emulated, the
+# error is 2^-10.7 where rounding gives 2^-12.2.)
+CUT_OFF = 2**-10.5
 
 
 def placed(values: Tensor, around: float, beside: int = 8) -> tuple[Tensor, Tensor]:
@@ -75,11 +79,11 @@ def eager(
     return y.relu() if relu else y
 
 
-def assert_accurate(actual: Tensor, *arguments: Any, dtype: torch.dtype) -> None:
-    """No further from fp64 than PyTorch in the same dtype, but for SLACK."""
+def assert_accurate(actual: Tensor, *arguments: Any, dtype: torch.dtype, slack: float = 0.0) -> None:
+    """No further from fp64 than PyTorch in the same dtype, but for SLACK and more ``slack``."""
     exact = eager(*(a.double() if isinstance(a, Tensor) else a for a in arguments))
     torchs = eager(*(a.to(dtype) if isinstance(a, Tensor) else a for a in arguments))
-    assert relative_error(actual, exact) <= relative_error(torchs, exact) + SLACK[dtype]
+    assert relative_error(actual, exact) <= relative_error(torchs, exact) + SLACK[dtype] + slack
 
 
 def check_conv(
@@ -93,13 +97,16 @@ def check_conv(
     shift = normal(C_out, device=device)
     added = normal(N, C_out, H, W, dtype=dtype, device=device) if residual else None
     out = Output((N, C_out, H, W), dtype, device, beside)
-    conv_bn_relu(
+    launcher = conv if tile.kernel == "pointer" else conv_tma
+    launcher.conv_bn_relu(
         placed(x, torch.nan, beside)[0], guarded(weight),
         None if scale is None else guarded(scale), guarded(shift),
         None if added is None else placed(added, torch.nan, beside)[0], out.tensor,
         stride=1, padding=kernel // 2 * dilation, dilation=dilation, relu=relu, tile=tile, precision=precision,
     )  # fmt: skip
-    assert_accurate(out.written, x, weight, scale, shift, added, dilation, relu, dtype=dtype)
+    rounds = precision == "ieee" or dtype != torch.float32 or (launcher is conv_tma and conv_tma.CAN_ROUND_TO_TF32)
+    slack = 0.0 if rounds else CUT_OFF
+    assert_accurate(out.written, x, weight, scale, shift, added, dilation, relu, dtype=dtype, slack=slack)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +197,26 @@ def test_any_dilation(dilation: int, tile: Tile, device: torch.device) -> None:
 @pytest.mark.parametrize("rates", [(1, 2, 12), (7, 3), (4, 3, 2, 1, 5)], ids=str)
 def test_aspp_branches(rates: tuple[int, ...], splits: int, device: torch.device) -> None:
     check_branches(rates, BOXES._replace(splits=splits), device)
+
+
+def test_branches_with_much_work_come_first(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 3x3 ones by rate, the 1x1 one last, four in a launch: (slot, kernel, dilation) of each."""
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            return lambda *arguments, **_: launched.append((grid[0], arguments[-1]))
+
+    monkeypatch.setattr(conv_tma, "conv_kernel", Kernel())
+    rates = (5, 2, 4, 3)
+    x, out = normal(1, 8, 6, 6, device=device), normal(1, 40, 6, 6, device=device)
+    weights = [guarded(normal(8, 8, k, k, device=device)) for k in (1, 3, 3, 3, 3)]
+    aspp_branches(
+        guarded(x), weights, None, normal(40, device=device), guarded(out), rates=rates, tile=BOXES, precision="ieee"
+    )
+    (programs, first), (rest, last) = launched
+    assert (first, last) == (((2, 3, 2), (4, 3, 3), (3, 3, 4), (1, 3, 5)), ((0, 1, 1),))
+    assert programs == 4 * rest
 
 
 def check_branches(
@@ -370,15 +397,15 @@ def test_anything(
 def test_networks_sizes(
     shape: tuple[int, int, int, int], C_out: int, kernel: int, dilation: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """PyTorch's error is that of the same precision: TF32 for fp32."""
+    """All tiles of all kernels. PyTorch's error is that of the same precision: TF32 for fp32."""
     layer = Layer.of(
         "conv_bn_relu", shape, (C_out, shape[1], kernel, kernel), dtype,
         padding=dilation * (kernel // 2), dilations=(dilation,), residual=True,
     )  # fmt: skip
-    choices = [tile for tile in tiles_for(layer, Gpu.of(device).capability) if tile.kernel != "pointer"]
-    if not choices:
-        pytest.skip("needs compute capability 9.0")
-    for splits, tile in product((1, 4), choices):
+    capability = Gpu.of(device).capability
+    for splits, tile in product((1, 4), tiles_for(layer, capability)):
+        if splits not in splits_of(layer, tile, capability):
+            continue
         check_conv(
             *shape, C_out, kernel, dilation, tile._replace(splits=splits), dtype, device,
             residual=True, precision="tf32",
