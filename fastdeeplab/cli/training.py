@@ -57,7 +57,8 @@ def train(
     """Train a network; with torchrun on several GPUs: torchrun --nproc-per-node 8 -m fastdeeplab.cli train ...
 
     The folder --out gets the last and the best weights, everything that --resume needs, the options as config.toml,
-    and TensorBoard events. An interrupt ends the run after the current step, with a checkpoint.
+    and TensorBoard events. An interrupt ends the run after the current step, or the current picture of a
+    validation, with a checkpoint.
     """
     from fastdeeplab.train import train
     from fastdeeplab.training.run_folder import RunFolder

@@ -1,4 +1,4 @@
-"""Interrupts of a training run: met between two steps, not within one."""
+"""Interrupts of a training run: met between two steps or two validated pictures, not within one."""
 
 import signal
 import threading
@@ -18,7 +18,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(keep: bool) -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request, which is met after the step.
+    """Turn SIGINT and SIGTERM into a request, which is met after the step, or after the picture that is validated.
 
     Unless ``keep``, a second signal acts as it would without this. Under torchrun a terminal's interrupt comes twice,
     once from the terminal and once passed on.
