@@ -76,6 +76,7 @@ INPUTS = (  # size, batch, classes
     ((512, 512), 8, 21),
     ((512, 512), 8, 150),
     ((520, 520), 1, 21),
+    ((512, 512), 1, 21),
     ((1024, 2048), 1, 19),
 )
 CLASSIFIER = "classifier.4"  # has a bias in place of a batch norm

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import predict
+import triton
 from codegen import Case, Machine
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -33,6 +35,18 @@ def test_machine_code() -> None:
     for kernel, architectures in EXPECTED.items():
         for architecture in architectures:
             assert re.search(rf"^{kernel}.* sm_{architecture} ", run.stdout, re.M), (kernel, architecture)
+    if triton.__version__ == predict.TRITON:
+        assert_predicted_by(run.stdout)
+
+
+def assert_predicted_by(table: str) -> None:
+    """The loops that times are predicted from are the table's: their instructions, and how many programs are held."""
+    for kind, loops in predict.LOOPS.items():
+        for (m, n), loop in zip(predict.BLOCKS, loops, strict=True):
+            row = rf"^conv_kernel +{kind} pointer-{m}x{n}x64-\S+ +bfloat16 +sm_90"
+            found = re.search(row + r"( +\d+){3} +(\d+) +shared +\d+ +(\d+)\.", table, re.M)
+            assert found, (kind, m, n)
+            assert predict.Loop(int(found[3]), int(found[2])) == loop, (kind, m, n)
 
 
 def test_every_loop_over_a_product_is_looked_at() -> None:
