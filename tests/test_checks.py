@@ -137,7 +137,7 @@ def test_conv_bn_relu(arguments: dict[str, object], message: str, impl: str) -> 
         kernels.conv_bn_relu(**valid | arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
 def test_out_may_hold_no_input(impl: str) -> None:
     """Other channels of the same pixels it may hold: they are other memory."""
     weight = torch.zeros(4, 4, 1, 1)

@@ -72,6 +72,7 @@ def test_every_flag_reaches_its_function(monkeypatch: pytest.MonkeyPatch) -> Non
         assert asked[-2:] == [("upsample_argmax", kernel), ("upsample_cross_entropy", kernel)]
 
 
+@pytest.mark.interpreter
 def test_each_layer_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = small_model().train(), torch.randn(1, 3, 64, 64)
     lines = fdl.explain(model, images).splitlines()

@@ -227,6 +227,7 @@ def test_a_benchmark_of_convolutions_writes_a_row_per_implementation(
     assert f"| triton-predicted ({rows['triton-predicted']['tile']}) |" in table
 
 
+@pytest.mark.interpreter
 def test_all_tiles_are_measured_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "why_not", lambda *_: None)
     monkeypatch.setattr(Gpu, "of", lambda device: Gpu("NVIDIA H200", (9, 0), 132))

@@ -322,6 +322,7 @@ def test_gradients_of_every_input(name: str, arguments: Callable[[], Any], impl:
         assert relative_error(actual, expected) < 1e-5
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("name", "arguments"), [("conv_bn_relu", convolution), ("aspp_branches", aspp), ("aspp_projection", projection)]
 )

@@ -87,6 +87,7 @@ def fail(y: Tensor) -> Tensor:
     raise RuntimeError("out of resource: shared memory")
 
 
+@pytest.mark.interpreter
 def test_the_fastest_of_each_kind_is_chosen(fake: FakeCandidates) -> None:
     times = fake.tune()
     assert times.tiles == {SLOW: 3000.0, FASTEST: 1000.0, FAST: 2000.0}
@@ -103,6 +104,7 @@ def test_the_fastest_of_each_kind_is_chosen(fake: FakeCandidates) -> None:
     assert found.torch == torch.__version__
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("instead", "message"),
     [
@@ -126,6 +128,7 @@ def test_what_is_wrong_or_fails_is_warned_of_and_never_timed(
     assert fake.timed == {SLOW, FAST, "conv_pointwise"}
 
 
+@pytest.mark.interpreter
 def test_a_layer_without_a_right_kernel_is_the_librarys(fake: FakeCandidates, tmp_path: Path) -> None:
     """Said in a row, or else the prediction might choose a kernel that is known to be wrong."""
     fake.instead = dict.fromkeys((SLOW, FAST, FASTEST), fail)
@@ -369,7 +372,7 @@ def test_the_interpreters_times_stay_out_of_the_shipped_table(
     assert "name another table with --out" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs the kernels on a CPU alone")
+@pytest.mark.interpreter
 def test_tuning_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the command to the row, with real kernels and one made wrong."""
     path = tmp_path / "tuned.json"

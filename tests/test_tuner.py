@@ -140,6 +140,7 @@ def layers_of(model: fdl.ResNetModel, images: Tensor = IMAGES) -> set[Layer | Ta
     return {layer for layer, _ in found if isinstance(layer, Tail) or tiles_for(layer, H200.capability)}
 
 
+@pytest.mark.interpreter
 def test_the_fastest_of_each_layer_decides(gpu: FakeGpu, model: fdl.AcceleratedModel) -> None:
     layers = layers_of(model)
     assert all(impl_and_reason(layer)[1].startswith("predicted") for layer in layers)
@@ -174,6 +175,7 @@ def test_a_tail_that_pytorch_does_faster(gpu: FakeGpu, model: fdl.AcceleratedMod
         assert impl_and_reason(other) == ("triton", "predicted: it never writes the full-size logits")
 
 
+@pytest.mark.interpreter
 def test_heavy_layers_come_first_and_each_is_reported(gpu: FakeGpu, model: fdl.AcceleratedModel) -> None:
     reports: list[tuple[int, int, str]] = []
     tune_network(model, IMAGES, progress=lambda *report: reports.append(report))
@@ -183,6 +185,7 @@ def test_heavy_layers_come_first_and_each_is_reported(gpu: FakeGpu, model: fdl.A
     assert gpu.measured[0].function == "aspp_branches"
 
 
+@pytest.mark.interpreter
 def test_the_summary(gpu: FakeGpu, model: fdl.AcceleratedModel) -> None:
     gpu.kernel_ms = lambda layer: math.inf if layer.function == "aspp_branches" else 1.0 if kernel_wins(layer) else 3.0
     with pytest.warns(RuntimeWarning, match="out of resource"):
@@ -222,6 +225,7 @@ def test_what_is_known_is_not_measured_again(gpu: FakeGpu, model: fdl.Accelerate
     assert len(gpu.measured) == 2 * len(first.rows)  # another size is measured by itself
 
 
+@pytest.mark.interpreter
 def test_what_no_longer_serves_is_measured_again(gpu: FakeGpu, model: fdl.AcceleratedModel) -> None:
     row = model.tune(IMAGES).rows[0].measurement
     gpu.measured.clear()
@@ -230,6 +234,7 @@ def test_what_no_longer_serves_is_measured_again(gpu: FakeGpu, model: fdl.Accele
     assert gpu.measured == [row.layer]
 
 
+@pytest.mark.interpreter
 def test_the_time_that_is_given_is_shared_and_not_exceeded(
     gpu: FakeGpu, model: fdl.AcceleratedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +265,7 @@ def test_the_time_that_is_given_is_shared_and_not_exceeded(
     assert set(gpu.seconds) == {tuner.MOST_SECONDS}
 
 
+@pytest.mark.interpreter
 @pytest.mark.usefixtures("gpu")
 def test_an_interrupt_keeps_what_is_done(model: fdl.AcceleratedModel) -> None:
     def interrupt(done: int, *_: object) -> None:
@@ -274,6 +280,7 @@ def test_an_interrupt_keeps_what_is_done(model: fdl.AcceleratedModel) -> None:
     assert [row.new for row in tuned.rows].count(False) == 2
 
 
+@pytest.mark.interpreter
 @pytest.mark.usefixtures("gpu")
 def test_where_nothing_can_be_written_it_holds_in_this_process(
     model: fdl.AcceleratedModel, monkeypatch: pytest.MonkeyPatch
@@ -289,6 +296,7 @@ def test_where_nothing_can_be_written_it_holds_in_this_process(
     assert {impl_and_reason(row.measurement.layer)[1] for row in tuned.rows} == {"measured on NVIDIA H200"}
 
 
+@pytest.mark.interpreter
 def test_a_layer_that_memory_is_too_small_for_stays_predicted(
     gpu: FakeGpu, model: fdl.AcceleratedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +311,7 @@ def test_a_layer_that_memory_is_too_small_for_stays_predicted(
     assert len(tuned.rows) == len(layers_of(model)) - 1
 
 
+@pytest.mark.interpreter
 def test_a_layer_without_a_right_candidate_stays_predicted(gpu: FakeGpu, model: fdl.AcceleratedModel) -> None:
     gpu.right = lambda layer, inputs: torch.zeros(3) if layer.function == "aspp_branches" else torch.ones(3)
     with pytest.warns(RuntimeWarning, match="is left out"):
@@ -316,6 +325,7 @@ def test_autocast_and_gradients_do_not_matter(model: fdl.AcceleratedModel) -> No
         assert model.tune(IMAGES).rows
 
 
+@pytest.mark.interpreter
 def test_a_model_that_is_not_accelerated(gpu: FakeGpu) -> None:
     plain = small_model().eval()
     layers = layers_of(plain)
@@ -399,7 +409,7 @@ class OneConvolution(nn.Module):
         return kernels.conv_bn_relu(x, self.weight, None, x.new_zeros(16))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs the kernels on a CPU alone")
+@pytest.mark.interpreter
 def test_tuning_in_the_interpreter() -> None:
     """A real kernel, from the model to the row in the user's table."""
     model, x = OneConvolution().eval(), torch.randn(1, 8, 4, 5)
@@ -412,7 +422,7 @@ def test_tuning_in_the_interpreter() -> None:
     assert decisions.measured_here("the interpreter", (8, 0)) == {row.measurement.layer: row.measurement}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs the kernels on a CPU alone")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_tuning_a_tail_in_the_interpreter(channels_last: bool) -> None:
     """The real kernel with every strip and PyTorch are right, and the measurement comes back from the disk."""
@@ -447,7 +457,7 @@ def test_the_strips_are_the_kernels() -> None:
     assert {tuple(strip) for strip in STRIPS} == {tile[:2] for tile in argmax.TILES}
 
 
-@pytest.mark.parametrize("faster", ["triton", "torch"])
+@pytest.mark.parametrize("faster", [pytest.param("triton", marks=pytest.mark.interpreter), "torch"])
 def test_what_was_measured_runs_the_tail(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator as on a GPU: the strip reaches the launcher, or PyTorch runs."""
     ops, cpu = importlib.import_module("fastdeeplab.kernels.ops"), torch.device("cpu")
@@ -473,6 +483,7 @@ def test_what_was_measured_runs_the_tail(faster: str, monkeypatch: pytest.Monkey
     assert launched == ([Strip(2, 2)] if faster == "triton" else [])
 
 
+@pytest.mark.interpreter
 def test_where_kernels_run_auto_is_left_to_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "choose", lambda *_: kernels.Choice("triton", "here"))
     logits = torch.randn(1, 5, 3, 4)
@@ -493,7 +504,7 @@ def test_tuning_on_a_gpu(device: torch.device) -> None:
     source = small_model(width=0.25).eval().to(device)
     model = fdl.accelerate(source, dtype=torch.float16)
     images = torch.randn(2, 3, 129, 129, device=device)
-    tuned = model.tune(images, seconds=20)
+    tuned = model.tune(images, seconds=300)  # some 220 candidates, each to be compiled
     assert tuned.rows
     assert not tuned.left
     forget()

@@ -111,6 +111,7 @@ def test_a_single_wrong_pixel_is_found(monkeypatch: pytest.MonkeyPatch, no_kerne
     assert "0 right, 3 wrong or failed, 1 could not run" in text
 
 
+@pytest.mark.interpreter
 def test_a_wrong_tile_choice_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def spoiled(function: Function) -> Function:
         wrong = one_class_off(function)
@@ -122,6 +123,7 @@ def test_a_wrong_tile_choice_is_found_and_named(monkeypatch: pytest.MonkeyPatch)
     assert [check.verdict for check in checks if not check.bad] == ["ok"] * len(argmax.TILES) + ["ok"]
 
 
+@pytest.mark.interpreter
 def test_a_wrong_convolution_of_one_tile_choice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def spoiled(function: Function) -> Function:
         def call(*args: Any, tile: Any, **options: Any) -> None:
@@ -176,6 +178,7 @@ def test_a_wrong_mask_is_found(monkeypatch: pytest.MonkeyPatch, no_kernels: None
         assert check.error > 0.8 * 2 * 97 * 113
 
 
+@pytest.mark.interpreter
 def test_a_tile_choice_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(function: Function) -> Function:
         def call(*args: Any, tile: Any = None) -> Tensor:
@@ -203,6 +206,7 @@ def test_too_little_memory_is_no_fault(monkeypatch: pytest.MonkeyPatch, no_kerne
     assert text.count("not run: CUDA out of memory. Tried to allocate 2 GiB.") == 3
 
 
+@pytest.mark.interpreter
 def test_after_an_error_that_leaves_the_gpu_unusable_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     unusable = ""
 
@@ -258,6 +262,7 @@ def test_every_tile_choice_is_verified(gpu: Gpu, monkeypatch: pytest.MonkeyPatch
             assert not quick or len(found) == len(expected)
 
 
+@pytest.mark.interpreter
 def test_the_descriptor_kernels_are_verified_where_a_gpu_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, as if on such a GPU."""
     monkeypatch.setattr(Gpu, "of", lambda device: Gpu("H200", (9, 0), 1))
