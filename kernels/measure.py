@@ -111,7 +111,9 @@ def measure(
     peak = peak_memory(call, device)
     if timer is None:
         timer = _DeviceTimer(device, call) if device.type == "cuda" else wall_clock
+    start = time.perf_counter()
     estimate = statistics.median(timer(call) for _ in range(3))
+    estimate = max(estimate, 1000 * (time.perf_counter() - start) / 3)  # a GPU's cold caches take longer than a call
     repeats = min(max(int(1000 * seconds / max(estimate, 1e-6)), MIN_REPEATS), MAX_REPEATS)
     p20, p50, p80 = percentiles([timer(call) for _ in range(repeats)])
     return Measurement(p20, p50, p80, repeats, peak, found)

@@ -37,6 +37,12 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in fp32 as they are written: PyTorch's default lets a GPU round their inputs to TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
 def device() -> torch.device:
     """Where kernels run: the GPU, or the CPU under the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,3 +51,5 @@ def device() -> torch.device:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
+    if item.get_closest_marker("interpreter") and torch.cuda.is_available():
+        pytest.skip("needs Triton's interpreter")

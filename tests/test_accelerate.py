@@ -66,6 +66,7 @@ def test_own_models(dtype: torch.dtype, output_stride: int) -> None:
     assert fast.predict(images, dtype=torch.uint8).dtype == torch.uint8
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("values", list(product(("torch", "triton"), repeat=3)), ids="-".join)
 def test_every_combination_of_flags(values: tuple[str, ...], device: torch.device) -> None:
     """The fourth flag is the loss's: it changes nothing here. In the interpreter the kernels run the narrow network."""
@@ -521,6 +522,7 @@ def test_the_model_on_its_live_parameters_compiles_into_one_graph() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inductor_on_a_gpu(dtype: torch.dtype, device: torch.device) -> None:
     fast, images = fdl.accelerate(trained().to(device), dtype=dtype), torch.randn(2, 3, 65, 97, device=device)
@@ -544,8 +546,9 @@ def test_it_exports_on_a_gpu(dtype: torch.dtype, device: torch.device, tmp_path:
 
     model, images = trained().to(device), torch.randn(2, 3, 33, 40, device=device)
     fast = fdl.accelerate(model, kernels="triton", dtype=dtype)
-    batch, height = torch.export.Dim("batch"), torch.export.Dim("height", min=9)
-    exported = torch.export.export(fast, (images,), dynamic_shapes=({0: batch, 2: height},))
+    # torch 2.11 refuses a height of any size: max pooling ties it to the example's, modulo 4
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.AUTO}
+    exported = torch.export.export(fast, (images,), dynamic_shapes=(sizes,))
     torch.export.save(exported, tmp_path / "fast.pt2")
     loaded = torch.export.load(tmp_path / "fast.pt2").module()
     for shape in ((2, 3, 33, 40), (3, 3, 57, 40)):

@@ -39,6 +39,7 @@ def test_the_same_logits_as_layer_by_layer(size: tuple[int, int], output_stride:
     assert relative_error(fused(model, images), layer_by_layer(model, images)) < 1e-5
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("flag", ["conv_bn_relu", "aspp", "upsample_argmax", "all"])
 def test_the_kernels_run_the_network(flag: str, device: torch.device) -> None:
     """In the interpreter, narrow: every layer but the stem, the pooled branch and the classifier."""

@@ -62,6 +62,7 @@ def test_it_finds_what_is_in_scenes_that_it_has_not_seen(model: fdl.ResNetModel)
     assert found.iou.min() > 0.7
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_kernel_runs_it_and_finds_the_same(
     model: fdl.ResNetModel, dtype: torch.dtype, device: torch.device
