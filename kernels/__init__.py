@@ -222,7 +222,8 @@ def upsample_cross_entropy(
 
     As ``F.cross_entropy(F.interpolate(logits.float(), target.shape[-2:], mode="bilinear", align_corners=False),
     target, weight, ...)`` with the same defaults, computed in fp32. The gradient has the logits' dtype, and is the same
-    bit by bit in every run.
+    bit by bit in every run. (On a GPU under ``torch.use_deterministic_algorithms`` PyTorch's implementation needs
+    ``CUBLAS_WORKSPACE_CONFIG``, as its matrix products do.)
 
     A logit of minus infinity is a class without probability for the kernel: infinite is the loss of the pixels next to
     it whose target it is, and with label smoothing of all pixels next to it. PyTorch has NaN at its cells' borders. The
