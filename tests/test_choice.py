@@ -94,7 +94,10 @@ if torch.cuda.is_available():
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [precision, "ieee", *([precision] if torch.cuda.is_available() else [])]
+    ours, on_a_cpu, *pytorchs = run.stdout.split()
+    assert (ours, on_a_cpu) == (precision, "ieee")
+    if torch.cuda.is_available():  # where TF32 is allowed, cuDNN may take an algorithm without it
+        assert pytorchs in ([precision], ["ieee"])
 
 
 def test_fault_18_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -649,7 +649,7 @@ def test_evaluate_shows_and_writes_what_it_finds(six_classes: Path, tmp_path: Pa
 def test_evaluate_takes_the_packaged_checkpoint_for_shapes(six_classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(cli.training, "packaged_checkpoint", lambda name: asked.append(name) or six_classes)
-    result = run("evaluate", "--limit", "2", "--size", "32x32", "--seed", "5")
+    result = run("evaluate", "--limit", "2", "--size", "32x32", "--seed", "5", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert asked == ["shapes"]
 
@@ -665,7 +665,7 @@ def test_evaluate_a_folder_with_the_masks_that_segment_wrote(
         ignored += int((mask == mask[0, 0]).sum())
         Image.fromarray(np.where(mask == mask[0, 0], 255, mask).astype(np.uint8)).save(path)
     options = ["--data", "folder", "--images", str(photos), "--masks", str(out), "--json", str(tmp_path / "f.json")]
-    assert run("evaluate", str(weights), *options).exit_code == 0
+    assert run("evaluate", str(weights), *options, "--device", "cpu").exit_code == 0
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["pictures"] == 3
     assert found["pixel_accuracy"] > 0.995  # folding the batch norms rounds differently
@@ -679,7 +679,7 @@ def test_fault_17_evaluate_names_a_picture_that_can_not_be_read(
     segment(photos, "--out", out)
     (photos / "street.png").write_bytes(b"")
     options = ["--images", str(photos), "--masks", str(out), "--json", str(tmp_path / "figures.json")]
-    result = run("evaluate", str(weights), "--data", "folder", *options)
+    result = run("evaluate", str(weights), "--data", "folder", *options, "--device", "cpu")
     assert result.exit_code == 1
     assert f"failed: {photos / 'street.png'}: is empty\n" in result.stderr
     assert json.loads((tmp_path / "figures.json").read_text())["pictures"] == 2

@@ -98,6 +98,8 @@ def test_peak_memory_counts_results_and_temporaries(device: str) -> None:
         target = torch.zeros(1, 256, 256, dtype=torch.int64, device=device)
         return torch.nn.functional.cross_entropy(x.view(1, 4, 256, 256), target)
 
+    if device == "cuda":
+        torch.cuda.empty_cache()  # a cached block is not split for the sake of its last MiB, and counts as a whole
     assert peak_memory(lambda: None, x.device) == 0
     assert peak_memory(lambda: x.view(-1), x.device) == 0
     assert peak_memory(chain, x.device) == pytest.approx(4 * MIB, abs=4096)
