@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from cases import network_convolutions, small_convolutions
-from fastdeeplab.kernels import conv, reference
+from cases import ConvCase, network_convolutions, small_convolutions
+from fastdeeplab.kernels import conv, reference, tuning
 from fastdeeplab.kernels.candidates import IEEE_TILES, ODD_TILES, TILES, Tile
 from fastdeeplab.kernels.cuts import rectangles
 from fastdeeplab.kernels.measure import largest_error, relative_error
@@ -408,7 +408,9 @@ def test_aspp_projection(dtype: torch.dtype, splits: int, device: torch.device) 
     tile = SMALL._replace(splits=splits, block_k=128 // dtype.itemsize)
     conv.aspp_projection(layer.x, shift, layer.weight, layer.scale, layer.out, tile=tile, precision="ieee")
     exact = F.conv2d(layer.x.double(), layer.weight.double()) * layer.scale[:, None, None] + shift[:, :, None, None]
-    assert relative_error(layer.out, exact.relu()) <= torch.finfo(dtype).eps
+    # In fp32 an addition is off by 2.4e-8 of the sum so far (uniformly in half a unit, for any mantissa), and that sum
+    # grows with the root of the terms: sqrt(K / 2) * 2.4e-8 for K terms one after another, 1.2 eps for these 72.
+    assert relative_error(layer.out, exact.relu()) <= (2 if dtype == torch.float32 else 1) * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -477,18 +479,29 @@ def test_no_stray_access_by_the_projection(splits: int, device: torch.device) ->
     assert_kept([*buffers, buffer])
 
 
+def output_stride_8(dtype: torch.dtype) -> list[ConvCase]:
+    return [case for case in network_convolutions(dtype) if "OS8" in case.name]
+
+
 @pytest.mark.parametrize(
-    ("network", "dtype"),
+    ("cases", "dtype"),
     [
-        pytest.param(False, torch.float16, id="small"),
-        pytest.param(True, torch.bfloat16, id="networks bf16", marks=pytest.mark.gpu),
-        pytest.param(True, torch.float16, id="networks fp16", marks=pytest.mark.gpu),
+        pytest.param(small_convolutions, torch.float16, id="small"),
+        pytest.param(network_convolutions, torch.bfloat16, id="networks bf16", marks=pytest.mark.gpu),
+        pytest.param(output_stride_8, torch.float16, id="networks fp16, output stride 8", marks=pytest.mark.gpu),
     ],
 )
-def test_fault_09_every_tile_choice_of_every_layer(network: bool, dtype: torch.dtype, device: torch.device) -> None:
+def test_fault_09_every_tile_choice_of_every_layer(
+    cases: Callable[[torch.dtype], list[ConvCase]],
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """All that may be chosen, not the winner alone: some compilers get some tile choices wrong."""
+    monkeypatch.setattr(tuning, "tile_choices", partial(tile_choices, wasteful=True))
     wrong = []
-    for case in network_convolutions(dtype) if network else small_convolutions(dtype):
+    for case in cases(dtype):
+        tuning.compile_choices(case.layer, device)  # some 360 in all, a second each: in threads
         inputs = random_inputs(case.layer, device)
         exact = in_fp64(case.layer, inputs)
         for tile in tile_choices(case.layer, device, wasteful=True):
@@ -502,10 +515,12 @@ def test_fault_09_every_tile_choice_of_every_layer(network: bool, dtype: torch.d
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
 def test_compute_sanitizer_finds_nothing() -> None:
     tests = [f"{Path(__file__).with_name(name)}::{test}" for name, test in SANITIZED]
-    command = ["compute-sanitizer", "--error-exitcode=9", sys.executable, "-m", "pytest", "-q", *tests]
+    # Without errors of calls, which PyTorch and Triton make on purpose to find out what there is, and handle.
+    options = ["--error-exitcode=9", "--report-api-errors", "no"]
+    command = ["compute-sanitizer", *options, sys.executable, "-m", "pytest", "-q", *tests]
     # PyTorch's own allocator takes segments of many tensors, of which accesses beside a tensor would still be part.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
 
 
