@@ -62,16 +62,21 @@ def cpu_texts(run: Sequence[Row]) -> Iterator[str]:
             if row["kernel"] == kernel and row["dtype"] == "float32":
                 times.setdefault(row["shape"], {})[row["implementation"]] = row
         sizes = {
-            shape: (peer, found["fastdeeplab"])
+            shape: (peer, best(found, COLUMNS["torch.compile"]), found.get("ResNetModel"), found["fastdeeplab"])
             for shape, found in times.items()
             if "fastdeeplab" in found and (peer := best(found, COLUMNS["eager fp32"]))
         }
+        eager, compiled, live, fast = zip(*sizes.values(), strict=True) if sizes else ([], [], [], [])
         lines = {
-            "torchvision, ms": [f"{float(peer['p50_ms']):.0f}" for peer, _ in sizes.values()],
-            "fastdeeplab, ms": [f"{float(own['p50_ms']):.0f}" for _, own in sizes.values()],
-            "times as fast": [f"{float(peer['p50_ms']) / float(own['p50_ms']):.2f}" for peer, own in sizes.values()],
-            "peak memory of torchvision, MiB": [f"{mebibytes(peer):.0f}" for peer, _ in sizes.values()],
-            "of fastdeeplab, MiB": [f"{mebibytes(own):.0f}" for _, own in sizes.values()],
+            "torchvision, ms": map(milliseconds, eager),
+            "torch.compile, ms": map(milliseconds, compiled),
+            "ResNetModel, ms": map(milliseconds, live),
+            "accelerated, ms": map(milliseconds, fast),
+            "accelerated / torchvision": (
+                f"{float(peer['p50_ms']) / float(own['p50_ms']):.2f}x" for peer, own in zip(eager, fast, strict=True)
+            ),
+            "peak memory of torchvision, MiB": map(mebibytes, eager),
+            "of the accelerated copy, MiB": map(mebibytes, fast),
         }
         if sizes:
             table = [["", *sizes], ["---"] * (len(sizes) + 1), *([name, *cells] for name, cells in lines.items())]
@@ -79,8 +84,12 @@ def cpu_texts(run: Sequence[Row]) -> Iterator[str]:
             yield "\n".join([network, "", *(f"| {' | '.join(cells)} |" for cells in table)])
 
 
-def mebibytes(row: Row) -> float:
-    return float(row["peak_memory_bytes"]) / 2**20
+def milliseconds(row: Row | None) -> str:
+    return f"{float(row['p50_ms']):.0f}" if row else ""
+
+
+def mebibytes(row: Row) -> str:
+    return f"{float(row['peak_memory_bytes']) / 2**20:.0f}"
 
 
 def gpu_text(rows: list[Row], device: str) -> str:
