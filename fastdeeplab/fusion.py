@@ -74,8 +74,8 @@ def affine_of_batch_norms(model: nn.Module) -> Affine | None:
     """Scale and shift of every batch norm, if the model can run fused: convolution and batch norm as one.
 
     None where PyTorch's layers must run one by one: in training mode, where gradients or autocast are enabled, where
-    a batch norm has no running statistics, and where a convolution, batch norm or ReLU is not PyTorch's own, not the
-    kernels' (groups, padding other than zeros) or watched by a hook.
+    a batch norm has no running statistics, where a convolution, batch norm or ReLU is not PyTorch's own or not the
+    kernels' (groups, padding other than zeros), and where one of them or a dropout is watched by a hook.
     """
     if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled(_device(model).type):
         return None
@@ -94,12 +94,17 @@ def affine_of_batch_norms(model: nn.Module) -> Affine | None:
     return dict(zip(norms, zip(scales, shifts, strict=True), strict=True))
 
 
-def is_chain(container: nn.Module | None, *layers: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+def is_chain(
+    container: nn.Module | None,
+    *layers: type[nn.Module] | tuple[type[nn.Module], ...],
+    kind: type[nn.Module] = nn.Sequential,
+) -> bool:
     """Whether a container, or None, is these layers and no hook waits for it: they may be run without calling it."""
     if container is None:
         return True
     children = list(container.children())
-    return not _is_hooked(container) and len(children) == len(layers) and all(map(isinstance, children, layers))
+    unchanged = type(container) is kind and not _is_hooked(container)
+    return unchanged and len(children) == len(layers) and all(map(isinstance, children, layers))
 
 
 class PaddedClassifier(nn.Conv2d):

@@ -99,7 +99,7 @@ class ASPP(nn.Module):
         layers = nn.Conv2d, fusion.NORMS, nn.ReLU
         return (
             all(fusion.is_chain(branch, *layers) for branch in atrous)
-            and fusion.is_chain(pooling, nn.AdaptiveAvgPool2d, *layers)
+            and fusion.is_chain(pooling, nn.AdaptiveAvgPool2d, *layers, kind=ASPPPooling)
             and fusion.is_chain(self.project, *layers, fusion.DROPOUTS)
         )
 

@@ -236,6 +236,17 @@ def test_containers_that_are_hooked_or_replaced_are_called() -> None:
         assert relative_error(doubled, before) > 1e-3, name
         assert relative_error(doubled, layer_by_layer(model, images)) < 1e-5, name
         handle.remove()
+
+    class Doubled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    kept = model.classifier[0].convs[1]
+    model.classifier[0].convs[1] = Doubled(*kept)
+    doubled = fused(model, images)
+    assert relative_error(doubled, before) > 1e-3
+    assert relative_error(doubled, layer_by_layer(model, images)) < 1e-5
+    model.classifier[0].convs[1] = kept
     fast = fdl.accelerate(model)
     fast.classifier[0].convs[1].register_forward_hook(lambda module, given, result: 0 * result)
     assert relative_error(fast.logits(images)["out"], before) > 1e-3

@@ -38,7 +38,13 @@ def double(x: Tensor) -> Tensor:
     return 2 * x
 
 
-def test_percentiles_are_those_of_the_repeats() -> None:
+def set_clock(monkeypatch: pytest.MonkeyPatch, milliseconds: float) -> None:
+    """The three calls that set the number of repeats take so long each, on the wall."""
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=iter([0.0, 3e-3 * milliseconds]).__next__))
+
+
+def test_percentiles_are_those_of_the_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, 50.0)
     warm_up = [50.0, 50.0, 50.0]  # sets the number of repeats: 0.5 s of 50 ms
     timer = FakeTimer(*warm_up, *(float(n) for n in range(10)))
     found = measure(double, [torch.ones(3)], double, 0.0, seconds=0.5, timer=timer)
@@ -47,9 +53,14 @@ def test_percentiles_are_those_of_the_repeats() -> None:
 
 
 @pytest.mark.parametrize(
-    ("milliseconds", "repeats"), [(1e4, MIN_REPEATS), (10.0, 50), (1e-4, MAX_REPEATS), (0.0, MAX_REPEATS)]
+    ("milliseconds", "on_the_wall", "repeats"),
+    [(1e4, 1e4, MIN_REPEATS), (10.0, 1.0, 50), (0.1, 10.0, 50), (1e-4, 1e-4, MAX_REPEATS), (0.0, 0.0, MAX_REPEATS)],
 )
-def test_repeats_fill_the_time_within_limits(milliseconds: float, repeats: int) -> None:
+def test_repeats_fill_the_time_within_limits(
+    milliseconds: float, on_the_wall: float, repeats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call's own, or that on the wall where it is longer."""
+    set_clock(monkeypatch, on_the_wall)
     found = measure(double, [torch.ones(3)], double, 0.0, seconds=0.5, timer=FakeTimer(milliseconds))
     assert found.repeats == repeats
 
